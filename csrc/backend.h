@@ -1,0 +1,164 @@
+/* THE SEAM between the stages and the devices.
+ *
+ * A backend gives memory and some twenty stage-level operations; the stages above use
+ * nothing else, so that a second device is a second table and not a second method. The CPU
+ * table (cpu/backend.c) is the oracle for every other.
+ *
+ * Memory named by a `void *` or `float *` below lies on the backend's device; spans, index
+ * lists of spans, and scalars lie on the host and are consumed before the call returns.
+ * Operations are enqueued in order on a queue and cannot fail by themselves; a device
+ * failure is reported by the next `sync`. A queue belongs to one builder or session, so
+ * operations of different queues may run at once; matrices and tables are read-only.
+ *
+ * Activations are float32. "dtype" is the model's compute and cache type T: F32 or BF16.
+ * Shapes are row-major; `rows` may be 0 everywhere (nothing happens).
+ */
+#ifndef ACRE_BACKEND_H
+#define ACRE_BACKEND_H
+
+#include "acre.h"
+#include "buffer.h"
+
+typedef struct acre_backend acre_backend;
+typedef struct acre_queue acre_queue;   /* defined by each backend */
+typedef struct acre_matrix acre_matrix; /* [N, K] weights in the backend's own layout */
+
+/* Rows [0, rows) of `source` go to rows [dst_row, dst_row + rows) of the destination. */
+typedef struct acre_span {
+  const void *source;
+  int64_t dst_row;
+  int64_t rows;
+} acre_span;
+
+/* Keys and values that queries see: token-major [count, g, d] of T, and a logit bias per
+ * key (nullable: none). */
+typedef struct acre_keys {
+  const void *rotated; /* keys after RoPE */
+  const void *values;
+  const float *bias; /* [count], added to the scaled logit */
+  int64_t count;
+} acre_keys;
+
+/* Sizes shared by the attention operations. */
+typedef struct acre_heads {
+  int64_t heads;    /* h */
+  int64_t kv_heads; /* g */
+  int64_t head_dim; /* d */
+  acre_dtype dtype; /* T */
+} acre_heads;
+
+typedef struct acre_backend_ops {
+  const char *name;
+
+  /* ---- memory. alloc is zero-filled and 64-byte aligned; out of memory is ACRE_NO_MEMORY. */
+  acre_status (*alloc)(acre_backend *, acre_buffer **out, size_t bytes, acre_error *);
+  void (*destroy)(acre_backend *);
+
+  acre_status (*queue_open)(acre_backend *, acre_queue **out, acre_error *);
+  void (*queue_close)(acre_queue *);
+  acre_status (*sync)(acre_queue *, acre_error *); /* waits; reports the first failure */
+
+  void (*upload)(acre_queue *, void *dst, const void *host, size_t bytes);
+  void (*download)(acre_queue *, void *host, const void *src, size_t bytes); /* waits */
+
+  /* ---- weights. A matrix starts zeroed; fill converts and packs rows [row, row + count)
+   * of N from a host array [count, K]. *finite = false where a NaN or infinity came (in T:
+   * a float32 above the bf16 range rounds to infinity and counts). Rows already filled are
+   * overwritten. matrix_row_copy copies row `from` of `a` to row `to` of `b` (same K). */
+  acre_status (*matrix_create)(acre_backend *, acre_matrix **out, int64_t N, int64_t K,
+                               acre_dtype dtype, acre_error *);
+  void (*matrix_release)(acre_matrix *);
+  void (*matrix_fill)(acre_matrix *, int64_t row, const acre_array *host, bool *finite);
+
+  /* ---- rows of activations. */
+
+  /* x[i, :] = table[ids[i], :] (table [vocab, width] of T), or l1_row [width] of T where
+   * ids[i] == vocab. ids lie on the device. */
+  void (*embed)(acre_queue *, float *x, const int32_t *ids, const void *table,
+                const void *l1_row, int64_t rows, int64_t vocab, int64_t width, acre_dtype);
+
+  /* y[i, :] = x[i, :] / sqrt(mean(x[i, :]^2) + eps) * gain. Mean accumulated in 16 f32
+   * lanes. y may be x. */
+  void (*rmsnorm)(acre_queue *, float *y, const float *x, const float *gain, double eps,
+                  int64_t rows, int64_t width);
+
+  /* y[i, j] (+)= sum over c of T(x[i, c]) * W[j, c] + bias[j], accumulated in float32; T()
+   * rounds to the matrix's dtype. y [rows, N] with row stride y_stride >= N; x [rows, K]
+   * dense; bias [N] nullable. With `accumulate`, y's old value is the addend. On the CPU the
+   * sum runs over c in order, one FMA at a time, after which the bias (else the old value)
+   * is added: a row's result does not depend on the other rows. */
+  void (*matmul)(acre_queue *, float *y, int64_t y_stride, const float *x,
+                 const acre_matrix *W, const float *bias, int64_t rows, bool accumulate);
+
+  /* y[i, :] = x[index[i], :], and y[index[i], :] = x[i, :]. index on the device. x row
+   * stride and y row stride in elements. */
+  void (*gather_rows)(acre_queue *, float *y, int64_t y_stride, const float *x,
+                      int64_t x_stride, const int32_t *index, int64_t rows, int64_t width);
+  void (*scatter_rows)(acre_queue *, float *y, int64_t y_stride, const float *x,
+                       int64_t x_stride, const int32_t *index, int64_t rows, int64_t width);
+
+  /* y[i, j] = silu(gate_up[i, j]) * gate_up[i, ffn + j], j < ffn. */
+  void (*swiglu)(acre_queue *, float *y, const float *gate_up, int64_t rows, int64_t ffn);
+
+  /* ---- rotation and the timeline. cos, sin: [w_max, d/2] float32. Half-split pairs:
+   * (a, b) = (x[i], x[i + d/2]) -> (a cos - b sin, b cos + a sin). */
+
+  /* In place on queries x [rows, h, d], row stride x_stride, row i at position + i. */
+  void (*rope)(acre_queue *, float *x, int64_t x_stride, const float *cos, const float *sin,
+               int64_t position, int64_t rows, int64_t heads, int64_t head_dim);
+
+  /* Appends rows of keys and values to a timeline: raw (nullable), rotated, values point at
+   * the first row to write, [rows, g, d] of T; k and v [rows, g, d] float32 with row stride
+   * kv_stride. Rotation acts on the float32 key rounded to T, so that rotating a stored raw
+   * key gives the same bits. */
+  void (*store_kv)(acre_queue *, void *raw, void *rotated, void *values, const float *k,
+                   const float *v, int64_t kv_stride, const float *cos, const float *sin,
+                   int64_t position, int64_t rows, const acre_heads *);
+
+  /* rotated[i] = RoPE(raw[i], position + i), both [rows, g, d] of T; may be in place. */
+  void (*rotate)(acre_queue *, void *rotated, const void *raw, const float *cos,
+                 const float *sin, int64_t position, int64_t rows, const acre_heads *);
+
+  /* Copies spans of rows of row_bytes bytes. Destination rows are distinct, and no source
+   * overlaps a destination. Sources may be host or device memory or a mapped file. */
+  void (*copy_rows)(acre_queue *, void *dst, const acre_span *spans, int64_t count,
+                    size_t row_bytes);
+
+  /* dst[j] = mean over the l rows of `rows`, all [.., width] of T, mean in float32, in row
+   * order. sources: host array of count * l row pointers (host or device memory). */
+  void (*pool)(acre_queue *, void *dst, const void *const *sources, int64_t count, int64_t l,
+               int64_t width, acre_dtype);
+
+  /* ---- attention. q and out: [rows, h, d] float32 with row strides; q already rotated.
+   * Query row i sees all of `prefix` (nullable) and keys [0, seen + i] of `own`, where
+   * own->count >= seen + rows. Head c uses KV head c / (h/g). Logits q.k / sqrt(d) + bias;
+   * softmax in float32 over everything seen. `own` may be any count beyond what is seen.
+   * On the CPU a row's result does not depend on the other rows, except that rows == 1 may
+   * sum in another order. */
+  void (*attend)(acre_queue *, float *out, int64_t out_stride, const float *q,
+                 int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
+                 int64_t seen, int64_t rows, const acre_heads *);
+
+  /* scores[j] += sum over t query rows and the heads with use[head] != 0 of
+   * softmax over j of (q.k_j / sqrt(d)). q [t, h, d] float32 (row stride q_stride), keys
+   * [m, g, d] of T, use [h] on the host, scores [m] float32. */
+  void (*score)(acre_queue *, float *scores, const float *q, int64_t q_stride,
+                const void *keys, const uint8_t *use, int64_t t, int64_t m,
+                const acre_heads *);
+
+  /* groups[0..k): the k best of m scores, ties to the lower index, ascending. On device. */
+  void (*topk)(acre_queue *, int32_t *groups, const float *scores, int64_t m, int64_t k);
+} acre_backend_ops;
+
+struct acre_backend {
+  const acre_backend_ops *ops;
+  const char *isa;      /* what the tables were filled with, for people */
+  int32_t threads;
+  int64_t rows_max;     /* rows per forward pass that keep the device busy */
+  acre_account account; /* bytes held and their peak */
+};
+
+acre_status acre_cpu_backend_open(acre_backend **out, int32_t threads, const char *isa,
+                                  acre_error *error);
+
+#endif

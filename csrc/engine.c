@@ -1,0 +1,59 @@
+#include "engine.h"
+
+#include "platform.h"
+
+#include <string.h>
+
+acre_engine_options acre_engine_options_default(void) {
+  return (acre_engine_options){sizeof(acre_engine_options), "cpu", 0, NULL};
+}
+
+acre_status acre_engine_open(acre_engine **out, const acre_engine_options *given,
+                             acre_error *error) {
+  acre_engine_options options;
+  ACRE_TAKE_OPTIONS(options, acre_engine_options_default(), given);
+  *out = NULL;
+  if (!options.device || strcmp(options.device, "cpu") != 0) {
+    return acre_fail(error, ACRE_UNSUPPORTED, "device: got '%s', this build has 'cpu'",
+                     options.device ? options.device : "");
+  }
+  if (options.threads < 0 || options.threads > 1024) {
+    return acre_fail(error, ACRE_BAD_VALUE, "threads: got %d, expected 0 to 1024",
+                     (int)options.threads);
+  }
+  int32_t threads = options.threads ? options.threads : acre_cpu_count();
+  acre_engine *engine = acre_alloc_zero(sizeof *engine);
+  if (!engine) return acre_fail(error, ACRE_NO_MEMORY, "engine: out of memory");
+  acre_status status =
+      acre_cpu_backend_open(&engine->backend, threads, options.isa, error);
+  if (status != ACRE_OK) {
+    acre_free(engine);
+    return status;
+  }
+  engine->references = 1;
+  *out = engine;
+  return ACRE_OK;
+}
+
+acre_engine *acre_engine_retain(acre_engine *engine) {
+  atomic_fetch_add(&engine->references, 1);
+  return engine;
+}
+
+void acre_engine_release(acre_engine *engine) {
+  if (!engine || atomic_fetch_sub(&engine->references, 1) != 1) return;
+  engine->backend->ops->destroy(engine->backend);
+  acre_free(engine);
+}
+
+int32_t acre_engine_threads(const acre_engine *engine) { return engine->backend->threads; }
+const char *acre_engine_isa(const acre_engine *engine) { return engine->backend->isa; }
+size_t acre_engine_bytes(const acre_engine *engine) {
+  return engine->backend->account.held;
+}
+size_t acre_engine_peak_bytes(const acre_engine *engine) {
+  return engine->backend->account.peak;
+}
+void acre_engine_reset_peak(acre_engine *engine) {
+  engine->backend->account.peak = engine->backend->account.held;
+}

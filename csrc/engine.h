@@ -1,0 +1,14 @@
+/* An opened device, shared by the models on it. */
+#ifndef ACRE_ENGINE_H
+#define ACRE_ENGINE_H
+
+#include "backend.h"
+
+struct acre_engine {
+  _Atomic int64_t references;
+  acre_backend *backend;
+};
+
+acre_engine *acre_engine_retain(acre_engine *engine);
+
+#endif

@@ -1,0 +1,202 @@
+#include "forward.h"
+
+#include "platform.h"
+
+#include <string.h>
+
+/* ---------------------------------------------------------------- workspace */
+
+/* Sizes in floats, in the order of the pointers that they become. */
+typedef struct layout {
+  int64_t size[11];
+} layout;
+
+static layout workspace_layout(const acre_model *model, int64_t rows) {
+  const acre_model_config *c = &model->config;
+  int64_t l1 = acre_model_has_l1(model) ? rows : 0;
+  int64_t qkv = acre_model_qkv_width(model);
+  return (layout){{rows * c->hidden, rows * c->hidden, rows * qkv,
+                   rows * c->heads * c->head_dim, rows * 2 * c->ffn, rows * c->ffn,
+                   l1 * c->hidden, l1 * qkv, c->vocab_size, rows, rows}};
+}
+
+size_t acre_workspace_bytes(const acre_model *model, int64_t rows) {
+  layout sizes = workspace_layout(model, rows);
+  int64_t total = 0;
+  for (int i = 0; i < ACRE_COUNT(sizes.size); ++i) {
+    total += acre_round_up(sizes.size[i] * (int64_t)sizeof(float), ACRE_ALIGN);
+  }
+  return (size_t)total;
+}
+
+acre_status acre_workspace_open(acre_workspace *workspace, const acre_model *model,
+                                int64_t rows, acre_error *error) {
+  acre_backend *backend = model->backend;
+  memset(workspace, 0, sizeof *workspace);
+  workspace->rows = rows;
+  acre_status status = backend->ops->queue_open(backend, &workspace->queue, error);
+  if (status == ACRE_OK) {
+    status = backend->ops->alloc(backend, &workspace->block,
+                                 acre_workspace_bytes(model, rows), error);
+  }
+  workspace->l1_host = acre_alloc((size_t)rows * sizeof(int32_t));
+  if (status == ACRE_OK && !workspace->l1_host) {
+    status = acre_fail(error, ACRE_NO_MEMORY, "workspace: out of memory");
+  }
+  if (status != ACRE_OK) {
+    acre_workspace_close(workspace, model);
+    return status;
+  }
+  layout sizes = workspace_layout(model, rows);
+  float **pointers[] = {&workspace->x,        &workspace->normed,    &workspace->qkv,
+                        &workspace->attended, &workspace->gate_up,   &workspace->hidden,
+                        &workspace->l1_normed, &workspace->l1_qkv,   &workspace->logits};
+  char *at = acre_buffer_data(workspace->block);
+  int index = 0;
+  for (; index < ACRE_COUNT(pointers); ++index) {
+    *pointers[index] = (float *)(void *)at;
+    at += acre_round_up(sizes.size[index] * (int64_t)sizeof(float), ACRE_ALIGN);
+  }
+  workspace->ids = (int32_t *)(void *)at;
+  at += acre_round_up(sizes.size[index] * (int64_t)sizeof(float), ACRE_ALIGN);
+  workspace->l1_index = (int32_t *)(void *)at;
+  return ACRE_OK;
+}
+
+void acre_workspace_close(acre_workspace *workspace, const acre_model *model) {
+  if (workspace->queue) model->backend->ops->queue_close(workspace->queue);
+  acre_buffer_release(workspace->block);
+  acre_free(workspace->l1_host);
+  memset(workspace, 0, sizeof *workspace);
+}
+
+/* ---------------------------------------------------------------- one pass */
+
+/* State of a pass that is the same in every layer. */
+typedef struct flow {
+  const acre_model *model;
+  const acre_backend_ops *ops;
+  acre_workspace *ws;
+  const acre_pass *pass;
+  int64_t l1_rows;  /* L1 tokens with weights of their own among the rows */
+  int64_t seen;     /* own entries before the first row */
+  int64_t position; /* of the first row */
+} flow;
+
+static void embed(flow *f) {
+  const acre_model_config *c = &f->model->config;
+  const acre_pass *pass = f->pass;
+  f->ops->upload(f->ws->queue, f->ws->ids, pass->ids, (size_t)pass->rows * sizeof(int32_t));
+  f->l1_rows = 0;
+  if (acre_model_has_l1(f->model)) {
+    for (int64_t i = 0; i < pass->rows; ++i) {
+      if (pass->ids[i] != c->vocab_size) continue;
+      f->ws->l1_host[f->l1_rows++] = (int32_t)i;
+    }
+    f->ops->upload(f->ws->queue, f->ws->l1_index, f->ws->l1_host,
+                   (size_t)f->l1_rows * sizeof(int32_t));
+  }
+  f->ops->embed(f->ws->queue, f->ws->x, f->ws->ids, acre_buffer_data(f->model->embedding),
+                acre_buffer_data(f->model->l1_embedding), pass->rows, c->vocab_size,
+                c->hidden, c->dtype);
+}
+
+static const float *floats(const acre_buffer *buffer) {
+  return buffer ? acre_buffer_data(buffer) : NULL;
+}
+
+/* qkv of all rows; L1 rows go through their own projection. */
+static void project(flow *f, const acre_layer *layer) {
+  acre_workspace *ws = f->ws;
+  int64_t hidden = f->model->config.hidden, width = acre_model_qkv_width(f->model);
+  f->ops->rmsnorm(ws->queue, ws->normed, ws->x, floats(layer->input_norm),
+                  f->model->config.rms_eps, f->pass->rows, hidden);
+  f->ops->matmul(ws->queue, ws->qkv, width, ws->normed, layer->qkv, floats(layer->qkv_bias),
+                 f->pass->rows, false);
+  if (!f->l1_rows) return;
+  f->ops->gather_rows(ws->queue, ws->l1_normed, hidden, ws->normed, hidden, ws->l1_index,
+                      f->l1_rows, hidden);
+  f->ops->matmul(ws->queue, ws->l1_qkv, width, ws->l1_normed, layer->l1_qkv,
+                 floats(layer->l1_bias), f->l1_rows, false);
+  f->ops->scatter_rows(ws->queue, ws->qkv, width, ws->l1_qkv, width, ws->l1_index,
+                       f->l1_rows, width);
+}
+
+static void look(const flow *f, int64_t layer, bool rotated) {
+  const acre_probe *probe = &f->pass->probe;
+  if (!probe->look) return;
+  probe->look(probe->context, layer, rotated, f->ws->qkv, acre_model_qkv_width(f->model),
+              f->pass->rows);
+}
+
+/* Rotates the queries and appends the keys and values to the timeline. */
+static void place(flow *f, int64_t layer) {
+  const acre_model_config *c = &f->model->config;
+  acre_timeline *own = f->pass->own;
+  float *q = f->ws->qkv;
+  int64_t width = acre_model_qkv_width(f->model);
+  const float *cos = floats(f->model->cos), *sin = floats(f->model->sin);
+  look(f, layer, false);
+  f->ops->rope(f->ws->queue, q, width, cos, sin, f->position, f->pass->rows, c->heads,
+               c->head_dim);
+  const float *k = q + c->heads * c->head_dim;
+  f->ops->store_kv(f->ws->queue, acre_timeline_at(own, ACRE_RAW, layer, f->seen),
+                   acre_timeline_at(own, ACRE_ROTATED, layer, f->seen),
+                   acre_timeline_at(own, ACRE_VALUES, layer, f->seen), k,
+                   k + c->kv_heads * c->head_dim, width, cos, sin, f->position,
+                   f->pass->rows, &f->model->heads);
+  look(f, layer, true);
+}
+
+static void attend(flow *f, int64_t layer, const acre_layer *weights) {
+  acre_workspace *ws = f->ws;
+  const acre_pass *pass = f->pass;
+  int64_t width = f->model->config.heads * f->model->config.head_dim;
+  acre_keys own = acre_timeline_keys(pass->own, layer, f->seen + pass->rows);
+  acre_keys prefix = {0};
+  if (pass->prefix) prefix = acre_timeline_keys(pass->prefix, layer, pass->prefix->count);
+  f->ops->attend(ws->queue, ws->attended, width, ws->qkv, acre_model_qkv_width(f->model),
+                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows,
+                 &f->model->heads);
+  f->ops->matmul(ws->queue, ws->x, f->model->config.hidden, ws->attended, weights->out, NULL,
+                 pass->rows, true);
+}
+
+static void feed_forward(flow *f, const acre_layer *weights) {
+  acre_workspace *ws = f->ws;
+  const acre_model_config *c = &f->model->config;
+  int64_t rows = f->pass->rows;
+  f->ops->rmsnorm(ws->queue, ws->normed, ws->x, floats(weights->attention_norm), c->rms_eps,
+                  rows, c->hidden);
+  f->ops->matmul(ws->queue, ws->gate_up, 2 * c->ffn, ws->normed, weights->gate_up, NULL, rows,
+                 false);
+  f->ops->swiglu(ws->queue, ws->hidden, ws->gate_up, rows, c->ffn);
+  f->ops->matmul(ws->queue, ws->x, c->hidden, ws->hidden, weights->down, NULL, rows, true);
+}
+
+void acre_forward(const acre_model *model, acre_workspace *workspace, const acre_pass *pass) {
+  flow f = {.model = model, .ops = model->backend->ops, .ws = workspace, .pass = pass};
+  f.seen = pass->own->count;
+  f.position = pass->first_position + f.seen;
+  embed(&f);
+  for (int64_t i = 0; i < pass->layers; ++i) {
+    const acre_layer *layer = &model->layers[i];
+    project(&f, layer);
+    place(&f, i);
+    if (pass->keys_only && i + 1 == pass->layers) break;
+    attend(&f, i, layer);
+    feed_forward(&f, layer);
+  }
+  pass->own->count += pass->rows;
+}
+
+void acre_head(const acre_model *model, acre_workspace *workspace, float *logits,
+               int64_t first, int64_t rows) {
+  const acre_model_config *c = &model->config;
+  float *x = workspace->x + first * c->hidden;
+  float *normed = workspace->normed + first * c->hidden;
+  model->backend->ops->rmsnorm(workspace->queue, normed, x, floats(model->norm), c->rms_eps,
+                               rows, c->hidden);
+  model->backend->ops->matmul(workspace->queue, logits, c->vocab_size, normed, model->head,
+                              NULL, rows, false);
+}

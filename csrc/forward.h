@@ -1,0 +1,54 @@
+/* One pass of rows through the layers, written with backend operations only.
+ *
+ * Takes token ids (L1 tokens carry the id vocab_size), appends their keys and values to a
+ * timeline, and leaves the last layer's hidden state in the workspace. It does not know
+ * whether it reads a window, a question or an answer: what a row may see is [prefix | own
+ * timeline up to itself], and that is all of selective attention down here. */
+#ifndef ACRE_FORWARD_H
+#define ACRE_FORWARD_H
+
+#include "timeline.h"
+
+/* Scratch of one owner, for up to `rows` rows at once; allocated once. */
+typedef struct acre_workspace {
+  acre_queue *queue;
+  int64_t rows;
+  acre_buffer *block;
+  float *x, *normed, *qkv, *attended, *gate_up, *hidden; /* hidden: after SwiGLU */
+  float *l1_normed, *l1_qkv; /* the L1 rows alone; NULL without trained L1 weights */
+  float *logits;             /* [vocab_size] of the last row asked for */
+  int32_t *ids, *l1_index;
+  int32_t *l1_host; /* [rows] on the host, to fill l1_index from */
+} acre_workspace;
+
+acre_status acre_workspace_open(acre_workspace *workspace, const acre_model *model,
+                                int64_t rows, acre_error *error);
+void acre_workspace_close(acre_workspace *workspace, const acre_model *model);
+size_t acre_workspace_bytes(const acre_model *model, int64_t rows);
+
+/* Sees a layer's queries on their way: [rows, h, d] with row stride `stride`, once before
+ * and once after rotation. NULL function: nobody looks. */
+typedef struct acre_probe {
+  void (*look)(void *context, int64_t layer, bool rotated, const float *q, int64_t stride,
+               int64_t rows);
+  void *context;
+} acre_probe;
+
+typedef struct acre_pass {
+  const int32_t *ids;           /* host [rows] */
+  int64_t rows;                 /* 1 to the workspace's rows */
+  int64_t first_position;       /* of the timeline's entry 0 */
+  const acre_timeline *prefix;  /* nullable; wholly visible, its `count` entries */
+  acre_timeline *own;           /* rows are appended: own->count grows by rows */
+  int64_t layers;               /* run only so many; L for a hidden state */
+  bool keys_only;               /* stop after the last layer's keys, values and probe */
+  acre_probe probe;
+} acre_pass;
+
+void acre_forward(const acre_model *model, acre_workspace *workspace, const acre_pass *pass);
+
+/* logits [rows, vocab_size] of workspace rows [first, first + rows), into device memory. */
+void acre_head(const acre_model *model, acre_workspace *workspace, float *logits,
+               int64_t first, int64_t rows);
+
+#endif
