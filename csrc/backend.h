@@ -19,6 +19,10 @@
 #include "acre.h"
 #include "buffer.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef struct acre_backend acre_backend;
 typedef struct acre_queue acre_queue;   /* defined by each backend */
 typedef struct acre_matrix acre_matrix; /* [N, K] weights in the backend's own layout */
@@ -161,4 +165,7 @@ struct acre_backend {
 acre_status acre_cpu_backend_open(acre_backend **out, int32_t threads, const char *isa,
                                   acre_error *error);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -6,6 +6,16 @@
 
 #include "platform.h"
 
+#include <stdatomic.h>
+
+struct acre_buffer {
+  _Atomic int64_t references;
+  void *data;
+  size_t size;
+  void (*free_bytes)(void *context);
+  void *context;
+};
+
 acre_status acre_buffer_wrap(acre_buffer **out, void *data, size_t size,
                              void (*free_bytes)(void *context), void *context,
                              acre_error *error) {
@@ -36,13 +46,28 @@ void *acre_buffer_data(const acre_buffer *buffer) { return buffer ? buffer->data
 
 size_t acre_buffer_size(const acre_buffer *buffer) { return buffer ? buffer->size : 0; }
 
+/* The account's header is read by C++ too, which has no _Atomic: hence the builtins. */
+
 void acre_account_add(acre_account *account, size_t bytes) {
-  size_t held = atomic_fetch_add(&account->held, bytes) + bytes;
-  size_t peak = atomic_load(&account->peak);
-  while (held > peak && !atomic_compare_exchange_weak(&account->peak, &peak, held)) {
+  size_t held = __atomic_add_fetch(&account->held, bytes, __ATOMIC_RELAXED);
+  size_t peak = __atomic_load_n(&account->peak, __ATOMIC_RELAXED);
+  while (held > peak && !__atomic_compare_exchange_n(&account->peak, &peak, held, true,
+                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
 void acre_account_remove(acre_account *account, size_t bytes) {
-  atomic_fetch_sub(&account->held, bytes);
+  __atomic_sub_fetch(&account->held, bytes, __ATOMIC_RELAXED);
+}
+
+size_t acre_account_held(const acre_account *account) {
+  return __atomic_load_n(&account->held, __ATOMIC_RELAXED);
+}
+
+size_t acre_account_peak(const acre_account *account) {
+  return __atomic_load_n(&account->peak, __ATOMIC_RELAXED);
+}
+
+void acre_account_reset_peak(acre_account *account) {
+  __atomic_store_n(&account->peak, acre_account_held(account), __ATOMIC_RELAXED);
 }

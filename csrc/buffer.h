@@ -4,23 +4,23 @@
 
 #include "status.h"
 
-#include <stdatomic.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
 
-/* Bytes held by an engine's buffers. peak >= held at every moment. */
+/* Bytes held by an engine's buffers. peak >= held at every moment. Only through these. */
 typedef struct acre_account {
-  _Atomic size_t held;
-  _Atomic size_t peak;
+  size_t held;
+  size_t peak;
 } acre_account;
 
 void acre_account_add(acre_account *account, size_t bytes);
 void acre_account_remove(acre_account *account, size_t bytes);
+size_t acre_account_held(const acre_account *account);
+size_t acre_account_peak(const acre_account *account);
+void acre_account_reset_peak(acre_account *account);
 
-struct acre_buffer {
-  _Atomic int64_t references;
-  void *data;
-  size_t size;
-  void (*free_bytes)(void *context);
-  void *context;
-};
-
+#ifdef __cplusplus
+}
+#endif
 #endif

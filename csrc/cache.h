@@ -12,6 +12,8 @@
 #include "platform.h"
 #include "select.h"
 
+#include <stdatomic.h>
+
 struct acre_cache {
   _Atomic int64_t references;
   acre_model *model;

@@ -49,11 +49,11 @@ void acre_engine_release(acre_engine *engine) {
 int32_t acre_engine_threads(const acre_engine *engine) { return engine->backend->threads; }
 const char *acre_engine_isa(const acre_engine *engine) { return engine->backend->isa; }
 size_t acre_engine_bytes(const acre_engine *engine) {
-  return engine->backend->account.held;
+  return acre_account_held(&engine->backend->account);
 }
 size_t acre_engine_peak_bytes(const acre_engine *engine) {
-  return engine->backend->account.peak;
+  return acre_account_peak(&engine->backend->account);
 }
 void acre_engine_reset_peak(acre_engine *engine) {
-  engine->backend->account.peak = engine->backend->account.held;
+  acre_account_reset_peak(&engine->backend->account);
 }

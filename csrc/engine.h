@@ -4,6 +4,8 @@
 
 #include "backend.h"
 
+#include <stdatomic.h>
+
 struct acre_engine {
   _Atomic int64_t references;
   acre_backend *backend;

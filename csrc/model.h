@@ -10,6 +10,8 @@
 #include "backend.h"
 #include "engine.h"
 
+#include <stdatomic.h>
+
 typedef struct acre_layer {
   acre_buffer *input_norm;     /* [hidden] float32 */
   acre_buffer *attention_norm; /* [hidden] float32, before the MLP */

@@ -5,6 +5,10 @@
 #include "acre.h"
 #include "base.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Fills *error (nullable) and returns `status`, so that a refusal is one statement. */
 acre_status acre_fail(acre_error *error, acre_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -15,4 +19,7 @@ acre_status acre_fail(acre_error *error, acre_status status, const char *format,
     if (status_ != ACRE_OK) return status_;    \
   } while (0)
 
+#ifdef __cplusplus
+}
+#endif
 #endif
