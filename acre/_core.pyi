@@ -1,0 +1,221 @@
+"""Types of the extension module: the C library's nouns, one class each.
+
+Shapes use the library's symbols: n context tokens, m L1 entries, k refilled groups, t
+query tokens, h query heads, g KV heads, d head dim, L layers, r recent entries.
+Statuses of the C library become ValueError, RuntimeError, MemoryError,
+NotImplementedError and the three exceptions below; an argument of the wrong type is a
+TypeError.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, final
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+__version__: str
+
+class SupportsDLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+_Floats: TypeAlias = npt.NDArray[np.floating[Any]] | Buffer | SupportsDLPack
+_Ids: TypeAlias = (
+    npt.NDArray[np.integer[Any]] | Buffer | SupportsDLPack | Sequence[SupportsIndex]
+)
+_Heads: TypeAlias = (
+    npt.NDArray[np.bool_ | np.integer[Any]] | Buffer | Sequence[Sequence[bool]]
+)
+_Groups: TypeAlias = _Ids | Sequence[Sequence[SupportsIndex]]
+_Proxy: TypeAlias = Literal["pooled", "trained"]
+_Part: TypeAlias = Literal[
+    "l1_keys", "l1_values", "l2_keys", "l2_values", "recent_keys", "recent_values"
+]
+
+class _Plan(TypedDict):
+    n: int
+    interval: int
+    window: int
+    stride: int
+    carry: int
+    eta: int
+    reserve: int
+    windows: int
+    m: int
+    recent: int
+    l2_tokens: int
+    l1_bytes: int
+    l2_bytes: int
+    recent_bytes: int
+    peak_bytes: int
+
+class TooLongError(ValueError):
+    """A text or question exceeds the model's usable positions."""
+
+class BusyError(RuntimeError):
+    """The object is in use on another thread."""
+
+class DeviceError(RuntimeError):
+    """The device failed; the object cannot be used any more."""
+
+@final
+class Engine:
+    """A device and its threads; shareable, outlives all below."""
+
+    def __new__(
+        cls, device: str | None = "cpu", threads: int = 0, isa: str | None = None
+    ) -> Engine: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    def reset_peak(self) -> None: ...
+
+@final
+class Model:
+    """Configuration and weights; immutable and shareable once ready."""
+
+    def __new__(cls, engine: Engine, config: dict[str, Any]) -> Model: ...
+    def bind(self, name: str, array: _Floats, dtype: str | None = None) -> None: ...
+    def ready(self) -> None: ...
+    def plan(
+        self,
+        n: int,
+        *,
+        proxy: _Proxy = "pooled",
+        interval: int = 0,
+        window: int = 4096,
+        stride: int = 2048,
+        carry: int = 0,
+        eta: int = 4096,
+        reserve: int = 0,
+    ) -> _Plan: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def has_l1(self) -> bool: ...
+    @property
+    def engine(self) -> Engine: ...
+
+@final
+class Builder:
+    """Reads a text window by window; one owner."""
+
+    def __new__(
+        cls,
+        model: Model,
+        ids: _Ids,
+        *,
+        proxy: _Proxy = "pooled",
+        interval: int = 0,
+        window: int = 4096,
+        stride: int = 2048,
+        carry: int = 0,
+        eta: int = 4096,
+        reserve: int = 0,
+        base: Cache | None = None,
+        keep: int | None = None,
+    ) -> Builder: ...
+    def step(self) -> tuple[int, int]: ...
+    def freeze(self) -> Cache: ...
+    @property
+    def model(self) -> Model: ...
+
+@final
+class Cache:
+    """The frozen bi-layer KV cache; immutable and shareable."""
+
+    def view(self, part: _Part, layer: int, page: int = 0) -> tuple[Tensor, int]: ...
+    def refill_count(self, eta: int) -> int: ...
+    @classmethod
+    def restore(
+        cls,
+        model: Model,
+        ids: _Ids,
+        options: dict[str, Any],
+        path: str | os.PathLike[str],
+        blocks: dict[_Part, tuple[int, int]],
+    ) -> Cache: ...
+    @property
+    def plan(self) -> _Plan: ...
+    @property
+    def proxy(self) -> _Proxy: ...
+    @property
+    def ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def closed_tokens(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def model(self) -> Model: ...
+
+@final
+class Session:
+    """One question, or one generation; one owner."""
+
+    def __new__(
+        cls, model: Model, cache: Cache | None = None, *, capacity: int
+    ) -> Session: ...
+    def score(
+        self,
+        ids: _Ids,
+        first: int,
+        last: int,
+        *,
+        select: Literal["shared", "per_layer"] = "shared",
+        rotated: bool = True,
+        heads: _Heads | None = None,
+    ) -> npt.NDArray[np.float32]: ...
+    def refill(self, groups: _Groups) -> None: ...
+    def prefill(
+        self, ids: _Ids, logits: bool = False
+    ) -> npt.NDArray[np.float32] | None: ...
+    def next(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> int: ...
+    def logits(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def cache(self) -> Cache | None: ...
+
+@final
+class Tensor:
+    """A read-only view of one cache tensor [rows, g, d]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Literal["f32", "bf16"]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def numpy(self) -> npt.NDArray[np.float32]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def select_groups(scores: _Floats, k: int) -> npt.NDArray[np.int32]: ...

@@ -1,0 +1,112 @@
+/* acre._core.Engine: a device and its threads. */
+#include "arguments.h"
+#include "errors.h"
+
+/* A device name of None means the default, as an `isa` of None does. */
+static int optional_text(PyObject *object, const char *name, const char **out) {
+  return !object || object == Py_None ? 0 : argument_text(object, name, out);
+}
+
+static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"device", "threads", "isa", NULL};
+  PyObject *device = NULL, *threads = NULL, *isa = NULL;
+  acre_engine_options options = acre_engine_options_default();
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO:Engine", names, &device,
+                                   &threads, &isa) ||
+      optional_text(device, "device", &options.device) < 0 ||
+      (threads && argument_int32(threads, "threads", &options.threads) < 0) ||
+      optional_text(isa, "isa", &options.isa) < 0)
+    return NULL;
+  engine_object *self = (engine_object *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_engine_open(&self->engine, &options, &error));
+  if (status == ACRE_OK) return (PyObject *)self;
+  errors_raise(PyType_GetModuleState(type), &error);
+  Py_DECREF(self);
+  return NULL;
+}
+
+static int engine_traverse(PyObject *self, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(self));
+  return 0;
+}
+
+static void engine_dealloc(engine_object *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  acre_engine_release(self->engine);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+static PyObject *engine_threads(engine_object *self, void *closure) {
+  (void)closure;
+  return PyLong_FromLong(acre_engine_threads(self->engine));
+}
+
+static PyObject *engine_isa(engine_object *self, void *closure) {
+  (void)closure;
+  return PyUnicode_FromString(acre_engine_isa(self->engine));
+}
+
+static PyObject *engine_bytes(engine_object *self, void *closure) {
+  (void)closure;
+  return PyLong_FromSize_t(acre_engine_bytes(self->engine));
+}
+
+static PyObject *engine_peak_bytes(engine_object *self, void *closure) {
+  (void)closure;
+  return PyLong_FromSize_t(acre_engine_peak_bytes(self->engine));
+}
+
+static PyObject *engine_reset_peak(engine_object *self, PyObject *unused) {
+  (void)unused;
+  acre_engine_reset_peak(self->engine);
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef engine_methods[] = {
+    {"reset_peak", (PyCFunction)engine_reset_peak, METH_NOARGS,
+     PyDoc_STR("reset_peak($self, /)\n--\n\nLets peak_bytes start again from bytes.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef engine_getset[] = {
+    {"threads", (getter)engine_threads, NULL, PyDoc_STR("Worker threads in use."),
+     NULL},
+    {"isa", (getter)engine_isa, NULL, PyDoc_STR("Instruction set in use, e.g. 'avx2'."),
+     NULL},
+    {"bytes", (getter)engine_bytes, NULL,
+     PyDoc_STR("Bytes now held by weights, caches and scratch memory."), NULL},
+    {"peak_bytes", (getter)engine_peak_bytes, NULL,
+     PyDoc_STR("Most bytes held at once since the last reset_peak()."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+PyDoc_STRVAR(
+    engine_doc,
+    "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
+    "A device and its threads; models are created on one and share it.\n\n"
+    "threads: worker threads including the caller's; 0 = all usable cores.\n"
+    "isa: None = the best of this processor; 'scalar', 'avx2' or 'avx512' cap\n"
+    "the choice. Raises ValueError, or NotImplementedError for a device or\n"
+    "instruction set that this build or machine lacks.");
+
+static PyType_Slot engine_slots[] = {
+    {Py_tp_doc, (void *)engine_doc},
+    {Py_tp_new, engine_new},
+    {Py_tp_dealloc, engine_dealloc},
+    {Py_tp_traverse, engine_traverse},
+    {Py_tp_methods, engine_methods},
+    {Py_tp_getset, engine_getset},
+    {0, NULL},
+};
+
+PyType_Spec engine_spec = {
+    .name = "acre._core.Engine",
+    .basicsize = sizeof(engine_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = engine_slots,
+};
