@@ -209,7 +209,7 @@ typedef struct acre_plan {
 } acre_plan;
 
 /* Resolves the options for n tokens or refuses (ACRE_TOO_LONG, the message naming the
- * numbers and an interval that would fit). Does no work. */
+ * numbers and an interval that would fit). Does no work; the model need not be ready. */
 ACRE_API acre_status acre_plan_build(acre_plan *out, const acre_model *model,
                                      const acre_build_options *options, int64_t n,
                                      acre_error *error);
@@ -344,7 +344,7 @@ ACRE_API acre_status acre_session_next(acre_session *session, int32_t *token,
 /* float32 [vocab_size]: the logits that the next token is chosen from. */
 ACRE_API acre_status acre_session_logits(acre_session *session, float *logits,
                                          acre_error *error);
-/* Positions used so far and in all. */
+/* Entries in view: positions used so far. */
 ACRE_API int64_t acre_session_count(const acre_session *session);
 
 #ifdef __cplusplus

@@ -30,6 +30,16 @@ struct acre_builder {
   bool spent;
 };
 
+static acre_status enter(acre_builder *b, acre_error *error) {
+  if (!atomic_flag_test_and_set(&b->busy)) return ACRE_OK;
+  return acre_fail(error, ACRE_BUSY, "builder: in use on another thread");
+}
+
+static acre_status leave(acre_builder *b, acre_status status) {
+  atomic_flag_clear(&b->busy);
+  return status;
+}
+
 /* ---------------------------------------------------------------- moving entries */
 
 static void copy_rows(acre_builder *b, int which, int64_t layer, int64_t dst_row,
@@ -198,16 +208,13 @@ static acre_status read_window(acre_builder *b, acre_error *error) {
 
 acre_status acre_builder_step(acre_builder *b, int64_t *done, int64_t *total,
                               acre_error *error) {
-  if (atomic_flag_test_and_set(&b->busy)) {
-    return acre_fail(error, ACRE_BUSY, "builder: in use on another thread");
-  }
+  ACRE_TRY(enter(b, error));
   acre_status status =
       b->spent ? acre_fail(error, ACRE_BAD_STATE, "builder: already frozen")
                : read_window(b, error);
   if (done) *done = b->read;
   if (total) *total = b->cache->plan.n;
-  atomic_flag_clear(&b->busy);
-  return status;
+  return leave(b, status);
 }
 
 /* ---------------------------------------------------------------- freezing */
@@ -238,8 +245,7 @@ static void freeze_layer(acre_builder *b, acre_timeline *to, int64_t layer) {
   rotate(b, to, layer, 0, to->capacity);
 }
 
-acre_status acre_builder_freeze(acre_builder *b, acre_cache **out, acre_error *error) {
-  *out = NULL;
+static acre_status freeze(acre_builder *b, acre_cache **out, acre_error *error) {
   if (b->spent || b->read != b->cache->plan.n || window_full(b)) {
     return acre_fail(error, ACRE_BAD_STATE, "freeze: %lld of %lld tokens read%s",
                      (long long)b->read, (long long)b->cache->plan.n,
@@ -270,6 +276,12 @@ acre_status acre_builder_freeze(acre_builder *b, acre_cache **out, acre_error *e
   acre_cache_retain(cache);
   *out = cache;
   return ACRE_OK;
+}
+
+acre_status acre_builder_freeze(acre_builder *b, acre_cache **out, acre_error *error) {
+  *out = NULL;
+  ACRE_TRY(enter(b, error));
+  return leave(b, freeze(b, out, error));
 }
 
 /* ---------------------------------------------------------------- opening */

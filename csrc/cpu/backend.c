@@ -1,0 +1,513 @@
+/* The CPU's table of operations: the oracle for every other device.
+ *
+ * Matrices and attention have files of their own; here are memory, the queue, and the
+ * operations on rows. Work is shared out by rows in pieces that are worth a thread's
+ * attention; a row is always computed by one thread, so results do not depend on threads. */
+#include "cpu.h"
+#include "matmul.h"
+
+#include <math.h>
+
+#define ROWS_MAX 512         /* rows of a forward pass: weights are widened once for them */
+#define GRAIN 16384          /* elements that are worth a task */
+#define COPY_GRAIN (1 << 20) /* bytes of a copy that are worth a task */
+
+/* ---------------------------------------------------------------- memory */
+
+static void backend_leave(cpu_backend *cpu) {
+  if (atomic_fetch_sub_explicit(&cpu->references, 1, memory_order_acq_rel) == 1)
+    acre_free(cpu);
+}
+
+typedef struct allocation {
+  cpu_backend *cpu;
+  void *data;
+  size_t size;
+} allocation;
+
+static void free_allocation(void *context) {
+  allocation *made = context;
+  cpu_backend *cpu = made->cpu;
+  acre_account_remove(&cpu->base.account, made->size);
+  acre_free(made->data);
+  acre_free(made);
+  backend_leave(cpu);
+}
+
+acre_status acre_cpu_alloc(acre_backend *backend, acre_buffer **out, size_t bytes,
+                           acre_error *error) {
+  *out = NULL;
+  cpu_backend *cpu = (cpu_backend *)backend;
+  allocation *made = acre_alloc_zero(sizeof *made);
+  void *data = made ? acre_alloc_zero(bytes) : NULL;
+  if (!data || acre_buffer_wrap(out, data, bytes, free_allocation, made, NULL) != ACRE_OK) {
+    acre_free(data);
+    acre_free(made);
+    return acre_fail(error, ACRE_NO_MEMORY, "out of memory: %zu bytes were wanted", bytes);
+  }
+  *made = (allocation){cpu, data, bytes};
+  atomic_fetch_add_explicit(&cpu->references, 1, memory_order_relaxed);
+  acre_account_add(&cpu->base.account, bytes);
+  return ACRE_OK;
+}
+
+/* ---------------------------------------------------------------- queue */
+
+static void queue_close(acre_queue *queue) {
+  if (!queue) return;
+  acre_free(queue->workers);
+  acre_free(queue->shared);
+  acre_free(queue);
+}
+
+/* Scratch is not on the account: it is no buffer, and pages never used take no memory. */
+static acre_status queue_open(acre_backend *backend, acre_queue **out, acre_error *error) {
+  *out = NULL;
+  cpu_backend *cpu = (cpu_backend *)backend;
+  acre_queue *queue = acre_alloc_zero(sizeof *queue);
+  if (!queue) return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a queue");
+  size_t floats = (size_t)cpu->base.threads * ACRE_WORKER_FLOATS;
+  queue->backend = cpu;
+  queue->kernels = &cpu->kernels;
+  queue->pool = cpu->pool;
+  queue->workers = acre_alloc_zero(floats * sizeof(float));
+  queue->shared = acre_alloc_zero(ACRE_SHARED_FLOATS * sizeof(float));
+  if (!queue->workers || !queue->shared) {
+    queue_close(queue);
+    return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a queue's scratch");
+  }
+  *out = queue;
+  return ACRE_OK;
+}
+
+static acre_status queue_sync(acre_queue *queue, acre_error *error) {
+  (void)queue, (void)error;
+  return ACRE_OK;
+}
+
+/* ---------------------------------------------------------------- sharing out rows */
+
+typedef struct rows_job rows_job;
+
+/* Does rows [first, first + count). */
+typedef void (*rows_task)(const rows_job *job, int64_t first, int64_t count);
+
+/* The arguments of any operation on rows; each uses its own. */
+struct rows_job {
+  rows_task task;
+  int64_t rows, step;
+  const acre_kernels *kernels;
+  void *y, *raw, *values;
+  const void *x, *table, *other;
+  const int32_t *index;
+  const float *gain, *cos, *sin;
+  double eps;
+  int64_t width, y_stride, x_stride, position, vocab, heads, head_dim;
+  size_t bytes;
+  acre_dtype dtype;
+};
+
+static void run_some_rows(void *context, int64_t index, int32_t worker) {
+  (void)worker;
+  const rows_job *job = context;
+  int64_t first = index * job->step;
+  job->task(job, first, acre_min(job->step, job->rows - first));
+}
+
+/* `row_cost`: elements of a row. */
+static void run_rows(acre_queue *queue, rows_job *job, int64_t row_cost) {
+  if (job->rows <= 0) return;
+  job->kernels = queue->kernels;
+  int64_t threads = acre_pool_threads(queue->pool);
+  int64_t even = acre_ceil_div(job->rows, 4 * threads);
+  job->step = acre_max(even, acre_ceil_div(GRAIN, acre_max(row_cost, 1)));
+  acre_pool_run(queue->pool, run_some_rows, job, acre_ceil_div(job->rows, job->step));
+}
+
+/* ---------------------------------------------------------------- bytes */
+
+static void copy_part(const rows_job *job, int64_t first, int64_t count) {
+  memcpy((char *)job->y + first, (const char *)job->x + first, (size_t)count);
+}
+
+static void copy_bytes(acre_queue *queue, void *dst, const void *src, size_t bytes) {
+  if (!bytes) return;
+  rows_job job = {.task = copy_part, .rows = (int64_t)bytes, .step = COPY_GRAIN, .y = dst,
+                  .x = src};
+  acre_pool_run(queue->pool, run_some_rows, &job, acre_ceil_div(job.rows, job.step));
+}
+
+static void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
+  copy_bytes(queue, dst, host, bytes);
+}
+
+static void download(acre_queue *queue, void *host, const void *src, size_t bytes) {
+  copy_bytes(queue, host, src, bytes);
+}
+
+static void copy_some_spans(const rows_job *job, int64_t first, int64_t count) {
+  const acre_span *spans = job->x;
+  for (int64_t i = first; i < first + count; i++) {
+    size_t bytes = (size_t)spans[i].rows * job->bytes;
+    if (bytes && bytes < COPY_GRAIN)
+      memcpy((char *)job->y + (size_t)spans[i].dst_row * job->bytes, spans[i].source, bytes);
+  }
+}
+
+static void copy_rows(acre_queue *queue, void *dst, const acre_span *spans, int64_t count,
+                      size_t row_bytes) {
+  for (int64_t i = 0; i < count; i++) {
+    size_t bytes = (size_t)spans[i].rows * row_bytes;
+    if (bytes >= COPY_GRAIN) /* long spans are cut, short ones taken together below */
+      copy_bytes(queue, (char *)dst + (size_t)spans[i].dst_row * row_bytes, spans[i].source,
+                 bytes);
+  }
+  rows_job job = {.task = copy_some_spans, .rows = count, .y = dst, .x = spans,
+                  .bytes = row_bytes};
+  run_rows(queue, &job, count ? spans[0].rows * (int64_t)row_bytes / 4 : 0);
+}
+
+/* ---------------------------------------------------------------- rows of activations */
+
+static void embed_some(const rows_job *job, int64_t first, int64_t count) {
+  int64_t width = job->width;
+  size_t row_bytes = (size_t)width * acre_dtype_size(job->dtype);
+  for (int64_t i = first; i < first + count; i++) {
+    int64_t id = job->index[i];
+    const char *row = id == job->vocab ? job->other
+                                       : (const char *)job->table + (size_t)id * row_bytes;
+    float *y_i = (float *)job->y + i * width;
+    if (job->dtype == ACRE_BF16)
+      job->kernels->widen(y_i, (const uint16_t *)row, width);
+    else
+      memcpy(y_i, row, row_bytes);
+  }
+}
+
+static void embed(acre_queue *queue, float *x, const int32_t *ids, const void *table,
+                  const void *l1_row, int64_t rows, int64_t vocab, int64_t width,
+                  acre_dtype dtype) {
+  rows_job job = {.task = embed_some, .rows = rows, .y = x, .index = ids, .table = table,
+                  .other = l1_row, .vocab = vocab, .width = width, .dtype = dtype};
+  run_rows(queue, &job, width);
+}
+
+static void rmsnorm_some(const rows_job *job, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++)
+    job->kernels->rmsnorm((float *)job->y + i * job->width,
+                          (const float *)job->x + i * job->width, job->gain, job->eps,
+                          job->width);
+}
+
+static void rmsnorm(acre_queue *queue, float *y, const float *x, const float *gain,
+                    double eps, int64_t rows, int64_t width) {
+  rows_job job = {.task = rmsnorm_some, .rows = rows, .y = y, .x = x, .gain = gain,
+                  .eps = eps, .width = width};
+  run_rows(queue, &job, width);
+}
+
+static void gather_some(const rows_job *job, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++)
+    memcpy((float *)job->y + i * job->y_stride,
+           (const float *)job->x + job->index[i] * job->x_stride,
+           (size_t)job->width * sizeof(float));
+}
+
+static void gather_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
+                        int64_t x_stride, const int32_t *index, int64_t rows,
+                        int64_t width) {
+  rows_job job = {.task = gather_some, .rows = rows, .y = y, .y_stride = y_stride, .x = x,
+                  .x_stride = x_stride, .index = index, .width = width};
+  run_rows(queue, &job, width);
+}
+
+static void scatter_some(const rows_job *job, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++)
+    memcpy((float *)job->y + job->index[i] * job->y_stride,
+           (const float *)job->x + i * job->x_stride, (size_t)job->width * sizeof(float));
+}
+
+static void scatter_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
+                         int64_t x_stride, const int32_t *index, int64_t rows,
+                         int64_t width) {
+  rows_job job = {.task = scatter_some, .rows = rows, .y = y, .y_stride = y_stride, .x = x,
+                  .x_stride = x_stride, .index = index, .width = width};
+  run_rows(queue, &job, width);
+}
+
+static void swiglu_some(const rows_job *job, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++) {
+    const float *gate = (const float *)job->x + i * 2 * job->width;
+    job->kernels->swiglu((float *)job->y + i * job->width, gate, gate + job->width,
+                         job->width);
+  }
+}
+
+static void swiglu(acre_queue *queue, float *y, const float *gate_up, int64_t rows,
+                   int64_t ffn) {
+  rows_job job = {.task = swiglu_some, .rows = rows, .y = y, .x = gate_up, .width = ffn};
+  run_rows(queue, &job, 4 * ffn);
+}
+
+/* ---------------------------------------------------------------- rotation, timeline */
+
+static void rope_some(const rows_job *job, int64_t first, int64_t count) {
+  int64_t half = job->head_dim / 2;
+  for (int64_t i = first; i < first + count; i++) {
+    float *x_i = (float *)job->y + i * job->x_stride;
+    int64_t angle = (job->position + i) * half;
+    for (int64_t c = 0; c < job->heads; c++)
+      job->kernels->rope(x_i + c * job->head_dim, x_i + c * job->head_dim, job->cos + angle,
+                         job->sin + angle, half);
+  }
+}
+
+static void rope(acre_queue *queue, float *x, int64_t x_stride, const float *cos,
+                 const float *sin, int64_t position, int64_t rows, int64_t heads,
+                 int64_t head_dim) {
+  rows_job job = {.task = rope_some, .rows = rows, .y = x, .x_stride = x_stride, .cos = cos,
+                  .sin = sin, .position = position, .heads = heads, .head_dim = head_dim};
+  run_rows(queue, &job, heads * head_dim);
+}
+
+/* to = T(from), n elements; element offset `at` in `to`. */
+static void store_as(const acre_kernels *kernels, void *to, int64_t at, const float *from,
+                     int64_t n, acre_dtype dtype) {
+  if (dtype == ACRE_BF16)
+    kernels->narrow((uint16_t *)to + at, from, n);
+  else
+    memcpy((float *)to + at, from, (size_t)n * sizeof(float));
+}
+
+static void store_kv_some(const rows_job *job, int64_t first, int64_t count) {
+  const acre_kernels *kernels = job->kernels;
+  int64_t d = job->head_dim, width = job->heads * d;
+  for (int64_t i = first; i < first + count; i++) {
+    int64_t angle = (job->position + i) * (d / 2);
+    const float *k_i = (const float *)job->x + i * job->x_stride;
+    for (int64_t c = 0; c < job->heads; c++) {
+      float key[ACRE_HEAD_DIM_MAX];
+      int64_t at = i * width + c * d;
+      if (job->dtype == ACRE_BF16)
+        kernels->round(key, k_i + c * d, d);
+      else
+        memcpy(key, k_i + c * d, (size_t)d * sizeof(float));
+      if (job->raw) store_as(kernels, job->raw, at, key, d, job->dtype);
+      kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
+      store_as(kernels, job->y, at, key, d, job->dtype);
+    }
+    store_as(kernels, job->values, i * width, (const float *)job->other + i * job->x_stride,
+             width, job->dtype);
+  }
+}
+
+static void store_kv(acre_queue *queue, void *raw, void *rotated, void *values,
+                     const float *k, const float *v, int64_t kv_stride, const float *cos,
+                     const float *sin, int64_t position, int64_t rows,
+                     const acre_heads *heads) {
+  rows_job job = {.task = store_kv_some, .rows = rows, .raw = raw, .y = rotated,
+                  .values = values, .x = k, .other = v, .x_stride = kv_stride, .cos = cos,
+                  .sin = sin, .position = position, .heads = heads->kv_heads,
+                  .head_dim = heads->head_dim, .dtype = heads->dtype};
+  run_rows(queue, &job, 2 * heads->kv_heads * heads->head_dim);
+}
+
+static void rotate_some(const rows_job *job, int64_t first, int64_t count) {
+  const acre_kernels *kernels = job->kernels;
+  int64_t d = job->head_dim;
+  for (int64_t i = first; i < first + count; i++) {
+    int64_t angle = (job->position + i) * (d / 2);
+    for (int64_t c = 0; c < job->heads; c++) {
+      float key[ACRE_HEAD_DIM_MAX];
+      int64_t at = (i * job->heads + c) * d;
+      if (job->dtype == ACRE_BF16)
+        kernels->widen(key, (const uint16_t *)job->x + at, d);
+      else
+        memcpy(key, (const float *)job->x + at, (size_t)d * sizeof(float));
+      kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
+      store_as(kernels, job->y, at, key, d, job->dtype);
+    }
+  }
+}
+
+static void rotate(acre_queue *queue, void *rotated, const void *raw, const float *cos,
+                   const float *sin, int64_t position, int64_t rows,
+                   const acre_heads *heads) {
+  rows_job job = {.task = rotate_some, .rows = rows, .y = rotated, .x = raw, .cos = cos,
+                  .sin = sin, .position = position, .heads = heads->kv_heads,
+                  .head_dim = heads->head_dim, .dtype = heads->dtype};
+  run_rows(queue, &job, heads->kv_heads * heads->head_dim);
+}
+
+/* ---------------------------------------------------------------- pooling */
+
+#define POOL_CHUNK 256
+
+/* x_stride holds l. */
+static void pool_some(const rows_job *job, int64_t first, int64_t count) {
+  const void *const *sources = job->x;
+  int64_t l = job->x_stride;
+  for (int64_t j = first; j < first + count; j++) {
+    for (int64_t c = 0; c < job->width; c += POOL_CHUNK) {
+      float sum[POOL_CHUNK] = {0}, row[POOL_CHUNK];
+      int64_t n = acre_min(POOL_CHUNK, job->width - c);
+      for (int64_t i = 0; i < l; i++) {
+        const void *source = sources[j * l + i];
+        if (job->dtype == ACRE_BF16)
+          job->kernels->widen(row, (const uint16_t *)source + c, n);
+        else
+          memcpy(row, (const float *)source + c, (size_t)n * sizeof(float));
+        job->kernels->add(sum, sum, row, n);
+      }
+      for (int64_t x = 0; x < n; x++) sum[x] /= (float)l;
+      store_as(job->kernels, job->y, j * job->width + c, sum, n, job->dtype);
+    }
+  }
+}
+
+static void pool_rows(acre_queue *queue, void *dst, const void *const *sources,
+                      int64_t count, int64_t l, int64_t width, acre_dtype dtype) {
+  rows_job job = {.task = pool_some, .rows = count, .y = dst, .x = sources, .x_stride = l,
+                  .width = width, .dtype = dtype};
+  run_rows(queue, &job, l * width);
+}
+
+/* ---------------------------------------------------------------- top-k */
+
+/* a is chosen before b: higher score, then lower index; NaN below everything. */
+static bool before(const float *scores, int32_t a, int32_t b) {
+  float x = isnan(scores[a]) ? -INFINITY : scores[a];
+  float y = isnan(scores[b]) ? -INFINITY : scores[b];
+  if (x != y) return x > y;
+  if (isnan(scores[a]) != isnan(scores[b])) return isnan(scores[b]);
+  return a < b;
+}
+
+/* Order of the heap's root: the worst of the chosen, or the highest index. */
+static bool above(const float *scores, int32_t a, int32_t b) {
+  return scores ? before(scores, b, a) : a > b;
+}
+
+static void sift(int32_t *heap, int64_t count, int64_t at, const float *scores) {
+  int32_t moved = heap[at];
+  for (;;) {
+    int64_t child = 2 * at + 1;
+    if (child >= count) break;
+    if (child + 1 < count && above(scores, heap[child + 1], heap[child])) child++;
+    if (!above(scores, heap[child], moved)) break;
+    heap[at] = heap[child];
+    at = child;
+  }
+  heap[at] = moved;
+}
+
+static void heapify(int32_t *heap, int64_t count, const float *scores) {
+  for (int64_t i = count / 2; i-- > 0;) sift(heap, count, i, scores);
+}
+
+/* The answer itself is the heap of the best so far; then it is heap-sorted by index. */
+static void topk(acre_queue *queue, int32_t *groups, const float *scores, int64_t m,
+                 int64_t k) {
+  (void)queue;
+  k = acre_min(k, m);
+  if (k <= 0) return;
+  for (int64_t i = 0; i < k; i++) groups[i] = (int32_t)i;
+  heapify(groups, k, scores);
+  for (int64_t i = k; i < m; i++) {
+    if (!before(scores, (int32_t)i, groups[0])) continue;
+    groups[0] = (int32_t)i;
+    sift(groups, k, 0, scores);
+  }
+  heapify(groups, k, NULL);
+  for (int64_t end = k - 1; end > 0; end--) {
+    int32_t highest = groups[0];
+    groups[0] = groups[end];
+    groups[end] = highest;
+    sift(groups, end, 0, NULL);
+  }
+}
+
+/* ---------------------------------------------------------------- table */
+
+static void destroy(acre_backend *backend) {
+  if (!backend) return;
+  cpu_backend *cpu = (cpu_backend *)backend;
+  acre_pool_close(cpu->pool);
+  cpu->pool = NULL;
+  backend_leave(cpu);
+}
+
+static const acre_backend_ops cpu_ops = {
+    .name = "cpu",
+    .alloc = acre_cpu_alloc,
+    .destroy = destroy,
+    .queue_open = queue_open,
+    .queue_close = queue_close,
+    .sync = queue_sync,
+    .upload = upload,
+    .download = download,
+    .matrix_create = acre_cpu_matrix_create,
+    .matrix_release = acre_cpu_matrix_release,
+    .matrix_fill = acre_cpu_matrix_fill,
+    .embed = embed,
+    .rmsnorm = rmsnorm,
+    .matmul = acre_cpu_matmul,
+    .gather_rows = gather_rows,
+    .scatter_rows = scatter_rows,
+    .swiglu = swiglu,
+    .rope = rope,
+    .store_kv = store_kv,
+    .rotate = rotate,
+    .copy_rows = copy_rows,
+    .pool = pool_rows,
+    .attend = acre_cpu_attend,
+    .score = acre_cpu_score,
+    .topk = topk,
+};
+
+/* The features that a name allows, or a refusal. */
+static acre_status choose_features(uint32_t *features, const char *isa, acre_error *error) {
+  static const struct {
+    const char *name;
+    uint32_t allowed;
+  } rungs[] = {{"scalar", 0},
+               {"avx2", ACRE_CPU_AVX2},
+               {"avx512", ACRE_CPU_AVX2 | ACRE_CPU_AVX512}};
+  *features = acre_cpu_features();
+  if (!isa) return ACRE_OK;
+  for (int64_t i = 0; i < ACRE_COUNT(rungs); i++) {
+    if (strcmp(isa, rungs[i].name) != 0) continue;
+    if ((*features & rungs[i].allowed) != rungs[i].allowed)
+      return acre_fail(error, ACRE_UNSUPPORTED, "isa is \"%s\", which this processor lacks",
+                       isa);
+    *features = rungs[i].allowed;
+    return ACRE_OK;
+  }
+  return acre_fail(error, ACRE_BAD_VALUE,
+                   "isa is \"%.40s\", expected \"scalar\", \"avx2\" or \"avx512\"", isa);
+}
+
+acre_status acre_cpu_backend_open(acre_backend **out, int32_t threads, const char *isa,
+                                  acre_error *error) {
+  *out = NULL;
+  uint32_t features;
+  ACRE_TRY(choose_features(&features, isa, error));
+  if (threads < 0 || threads > 1024)
+    return acre_fail(error, ACRE_BAD_VALUE, "threads is %d, expected 0 to 1024", threads);
+  if (threads == 0) threads = acre_cpu_count();
+  cpu_backend *cpu = acre_alloc_zero(sizeof *cpu);
+  if (!cpu) return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  cpu->kernels = acre_cpu_kernels(features);
+  cpu->base.ops = &cpu_ops;
+  cpu->base.isa = cpu->kernels.isa;
+  cpu->base.threads = threads;
+  cpu->base.rows_max = ROWS_MAX;
+  atomic_init(&cpu->references, 1);
+  acre_status status = acre_pool_open(&cpu->pool, threads, error);
+  if (status != ACRE_OK) {
+    acre_free(cpu);
+    return status;
+  }
+  *out = &cpu->base;
+  return ACRE_OK;
+}
