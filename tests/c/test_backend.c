@@ -1,0 +1,593 @@
+/* Every operation of the CPU backend, for every table this processor can run and for one
+ * and three threads: within a derived bound of a float64 loop, the same bits for all of
+ * them, nothing written where nothing belongs, and a row's result independent of the
+ * others. */
+#include "check.h"
+
+#include "backend.h"
+#include "cpu/kernels.h"
+#include "platform.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#define EPS 0x1p-24
+#define BACKENDS 6
+
+static acre_backend *backends[BACKENDS];
+static acre_queue *queues[BACKENDS];
+static int backend_count;
+static uint64_t seed;
+
+/* ---------------------------------------------------------------- arrays */
+
+static float *random_floats(int64_t n) {
+  float *x = malloc((size_t)(n + 1) * sizeof(float));
+  for (int64_t i = 0; i < n; i++) x[i] = random_float(&seed);
+  return x;
+}
+
+static float *nans(int64_t n) {
+  float *x = malloc((size_t)(n + 1) * sizeof(float));
+  for (int64_t i = 0; i < n + 1; i++) x[i] = acre_from_bits(0x7fc0dead);
+  return x;
+}
+
+/* n random elements of T, and the float64 value of any of them. */
+static void *random_typed(int64_t n, acre_dtype dtype) {
+  float *x = random_floats(n);
+  if (dtype == ACRE_F32) return x;
+  uint16_t *y = malloc((size_t)(n + 1) * sizeof *y);
+  for (int64_t i = 0; i < n; i++) y[i] = acre_to_bf16(x[i]);
+  free(x);
+  return y;
+}
+
+static float at(const void *x, int64_t i, acre_dtype dtype) {
+  return dtype == ACRE_F32 ? ((const float *)x)[i] : acre_from_bf16(((const uint16_t *)x)[i]);
+}
+
+static float as(float x, acre_dtype dtype) {
+  return dtype == ACRE_F32 ? x : acre_from_bf16(acre_to_bf16(x));
+}
+
+static bool same(const void *a, const void *b, int64_t bytes) {
+  return memcmp(a, b, (size_t)bytes) == 0;
+}
+
+/* ---------------------------------------------------------------- matmul */
+
+typedef struct matmul_case {
+  int64_t rows, N, K;
+  acre_dtype dtype;
+  bool bias, accumulate;
+} matmul_case;
+
+static acre_matrix *make_matrix(int i, const float *w, int64_t N, int64_t K,
+                                acre_dtype dtype) {
+  acre_matrix *matrix;
+  bool finite = true;
+  CHECK(backends[i]->ops->matrix_create(backends[i], &matrix, N, K, dtype, NULL) == ACRE_OK);
+  int64_t cut = N / 3; /* in two parts, neither on a panel's edge */
+  acre_array upper = {w, ACRE_F32, 2, {cut, K}, {K, 1}};
+  acre_array lower = {w + cut * K, ACRE_F32, 2, {N - cut, K}, {K, 1}};
+  backends[i]->ops->matrix_fill(matrix, 0, &upper, &finite);
+  backends[i]->ops->matrix_fill(matrix, cut, &lower, &finite);
+  CHECK(finite);
+  return matrix;
+}
+
+static bool matmul_right(const matmul_case *c, const float *y, int64_t stride,
+                         const float *old, const float *x, const float *w,
+                         const float *bias) {
+  for (int64_t i = 0; i < c->rows; i++) {
+    for (int64_t j = 0; j < c->N; j++) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t k = 0; k < c->K; k++) {
+        double p = (double)as(x[i * c->K + k], c->dtype) * as(w[j * c->K + k], c->dtype);
+        sum += p, size += fabs(p);
+      }
+      double addend = (c->bias ? bias[j] : 0.0) + (c->accumulate ? old[i * stride + j] : 0);
+      double error = fabs(y[i * stride + j] - (sum + addend));
+      if (!(error <= EPS * ((double)c->K * size + 4 * (size + fabs(addend))))) return false;
+    }
+    for (int64_t j = c->N; j < stride; j++)
+      if (acre_bits(y[i * stride + j]) != 0x7fc0dead) return false;
+  }
+  return true;
+}
+
+static void test_matmul(const matmul_case *c) {
+  int64_t stride = c->N + 3, n = c->rows * stride;
+  float *x = random_floats(c->rows * c->K), *w = random_floats(c->N * c->K);
+  float *bias = random_floats(c->N), *old = nans(n), *first = NULL;
+  if (c->accumulate)
+    for (int64_t i = 0; i < c->rows; i++)
+      for (int64_t j = 0; j < c->N; j++) old[i * stride + j] = random_float(&seed);
+  for (int i = 0; i < backend_count; i++) {
+    acre_matrix *W = make_matrix(i, w, c->N, c->K, c->dtype);
+    float *y = malloc((size_t)n * sizeof(float)), *row = nans(c->N);
+    const acre_backend_ops *ops = backends[i]->ops;
+    memcpy(y, old, (size_t)n * sizeof(float));
+    ops->matmul(queues[i], y, stride, x, W, c->bias ? bias : NULL, c->rows, c->accumulate);
+    if (i == 0) CHECK(matmul_right(c, y, stride, old, x, w, bias));
+    CHECK(!first || same(first, y, n * 4));
+    int64_t r = c->rows / 2; /* alone */
+    memcpy(row, old + r * stride, (size_t)c->N * sizeof(float));
+    ops->matmul(queues[i], row, c->N, x + r * c->K, W, c->bias ? bias : NULL, 1,
+                c->accumulate);
+    CHECK(same(row, y + r * stride, c->N * 4));
+    ops->matrix_release(W);
+    free(row);
+    if (first)
+      free(y);
+    else
+      first = y;
+  }
+  free(x), free(w), free(bias), free(old), free(first);
+}
+
+static void test_matmuls(void) {
+  static const int64_t rows[] = {1, 2, 3, 5, 6, 7, 13, 40};
+  static const int64_t sizes[][2] = {{1, 1}, {16, 2}, {17, 33}, {100, 65}, {37, 770}};
+  for (int64_t r = 0; r < ACRE_COUNT(rows); r++)
+    for (int64_t s = 0; s < ACRE_COUNT(sizes); s++)
+      for (int kind = 0; kind < 8; kind++)
+        test_matmul(&(matmul_case){rows[r], sizes[s][0], sizes[s][1],
+                                   kind & 1 ? ACRE_BF16 : ACRE_F32, kind & 2, kind & 4});
+  test_matmul(&(matmul_case){130, 70, 40, ACRE_BF16, true, false});
+  test_matmul(&(matmul_case){125, 600, 9, ACRE_F32, false, true});
+}
+
+/* Any dtype and strides; NaN, infinity, and what overflows T. */
+static void test_fill(void) {
+  double source[6 * 4];
+  uint16_t halves[4] = {0x3c00, 0xc500, 0x0001, 0x7bff}; /* 1, -5, 2^-24, 65504 */
+  for (int i = 0; i < 24; i++) source[i] = i - 7.5;
+  const acre_backend_ops *ops = backends[0]->ops;
+  acre_matrix *W;
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, NULL) == ACRE_OK);
+  acre_array turned = {source + 1, ACRE_F64, 2, {4, 3}, {1, 8}};
+  bool finite = true;
+  ops->matrix_fill(W, 0, &turned, &finite);
+  float x[3] = {1, 10, 100}, y[4];
+  ops->matmul(queues[0], y, 4, x, W, NULL, 1, false);
+  for (int j = 0; j < 4; j++)
+    CHECK(y[j] == (float)(source[1 + j] + 10 * source[9 + j] + 100 * source[17 + j]));
+  acre_array half = {halves, ACRE_F16, 2, {1, 3}, {3, 1}};
+  ops->matrix_fill(W, 2, &half, &finite);
+  ops->matmul(queues[0], y, 4, x, W, NULL, 1, false);
+  CHECK(finite && y[2] == 1 - 50 + 100 * 0x1p-24f && y[3] == (float)(source[4] + 10 * source[12] + 100 * source[20]));
+  float bad[3] = {1, 2, NAN};
+  acre_array array = {bad, ACRE_F32, 2, {1, 3}, {3, 1}};
+  ops->matrix_fill(W, 1, &array, &finite);
+  CHECK(!finite);
+  finite = true, bad[2] = 3.4e38f; /* fits float32, rounds to infinity in bfloat16 */
+  ops->matrix_fill(W, 1, &array, &finite);
+  CHECK(finite);
+  ops->matrix_release(W);
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, NULL) == ACRE_OK);
+  ops->matrix_fill(W, 1, &array, &finite);
+  CHECK(!finite);
+  ops->matrix_release(W);
+  acre_error error;
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F16, &error) == ACRE_UNSUPPORTED && !W);
+  CHECK(ops->matrix_create(backends[0], &W, INT64_MAX / 2, 64, ACRE_F32, &error) ==
+        ACRE_NO_MEMORY);
+}
+
+/* ---------------------------------------------------------------- attention */
+
+typedef struct attend_case {
+  int64_t d, kv_heads, group, prefix, seen, rows;
+  acre_dtype dtype;
+  bool bias;
+} attend_case;
+
+typedef struct attend_data {
+  float *q;
+  void *keys[2], *values[2]; /* prefix, own */
+  float *bias[2];
+  int64_t count[2];
+} attend_data;
+
+/* own holds five keys that nobody sees: NaN. */
+static attend_data make_attention(const attend_case *c) {
+  int64_t width = c->kv_heads * c->d;
+  attend_data a = {.count = {c->prefix, c->seen + c->rows + 5}};
+  a.q = random_floats(c->rows * c->kv_heads * c->group * c->d);
+  for (int64_t i = 0; i < c->rows * c->kv_heads * c->group * c->d; i++) a.q[i] *= 3.0f;
+  for (int s = 0; s < 2; s++) {
+    a.keys[s] = random_typed(a.count[s] * width, c->dtype);
+    a.values[s] = random_typed(a.count[s] * width, c->dtype);
+    a.bias[s] = random_floats(a.count[s]);
+  }
+  int64_t size = (int64_t)acre_dtype_size(c->dtype), end = c->seen + c->rows;
+  memset((char *)a.keys[1] + end * width * size, 0xff, (size_t)(5 * width * size));
+  memset((char *)a.values[1] + end * width * size, 0xff, (size_t)(5 * width * size));
+  return a;
+}
+
+static void free_attention(attend_data *a) {
+  free(a->q);
+  for (int s = 0; s < 2; s++) free(a->keys[s]), free(a->values[s]), free(a->bias[s]);
+}
+
+/* Logit of key j of segment s, and the sum of |products| that its error is relative to. */
+static double logit_of(const attend_case *c, const attend_data *a, int64_t row, int64_t head,
+                       int s, int64_t j, double *size) {
+  int64_t h = c->kv_heads * c->group, kv = head / c->group;
+  double sum = 0.0;
+  for (int64_t x = 0; x < c->d; x++) {
+    double p = (double)a->q[(row * h + head) * c->d + x] *
+               at(a->keys[s], (j * c->kv_heads + kv) * c->d + x, c->dtype);
+    sum += p, *size += fabs(p);
+  }
+  *size /= sqrt((double)c->d);
+  return sum / sqrt((double)c->d) + (c->bias ? a->bias[s][j] : 0.0);
+}
+
+/* Error: softmax weights differ by a factor exp(2 e), e the worst logit's error, d+3
+ * roundings; the weighted sum adds one rounding per key, a few per tile of keys. */
+static bool head_right(const attend_case *c, const attend_data *a, int64_t row, int64_t head,
+                       const float *out) {
+  int64_t counts[2] = {c->prefix, c->seen + row + 1};
+  double *o = calloc((size_t)c->d, sizeof *o), sum = 0.0, worst = 0.0;
+  for (int s = 0; s < 2; s++) {
+    for (int64_t j = 0; j < counts[s]; j++) {
+      double size = 0.0, weight = exp(logit_of(c, a, row, head, s, j, &size));
+      worst = size > worst ? size : worst;
+      sum += weight;
+      for (int64_t x = 0; x < c->d; x++)
+        o[x] += weight * at(a->values[s],
+                            (j * c->kv_heads + head / c->group) * c->d + x, c->dtype);
+    }
+  }
+  double keys = (double)(counts[0] + counts[1]);
+  double error = EPS * (2 * (double)(c->d + 8) * (worst + 2) + keys + keys / 16 + 20);
+  bool right = true;
+  for (int64_t x = 0; x < c->d; x++) right &= fabs(out[x] - o[x] / sum) <= error;
+  free(o);
+  return right;
+}
+
+static void run_attend(int i, const attend_case *c, const attend_data *a, float *out,
+                       int64_t first, int64_t rows) {
+  int64_t h = c->kv_heads * c->group, stride = h * c->d;
+  acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
+  acre_keys prefix = {a->keys[0], a->values[0], c->bias ? a->bias[0] : NULL, c->prefix};
+  acre_keys own = {a->keys[1], a->values[1], c->bias ? a->bias[1] : NULL, a->count[1]};
+  backends[i]->ops->attend(queues[i], out, stride + 2, a->q + first * stride, stride,
+                           c->prefix ? &prefix : NULL, &own, c->seen + first, rows, &heads);
+}
+
+static void test_attend(const attend_case *c) {
+  int64_t h = c->kv_heads * c->group, stride = h * c->d + 2, n = c->rows * stride;
+  attend_data a = make_attention(c);
+  float *first = NULL;
+  for (int i = 0; i < backend_count; i++) {
+    float *out = nans(n);
+    run_attend(i, c, &a, out, 0, c->rows);
+    if (!first) {
+      bool right = true;
+      for (int64_t r = 0; r < c->rows; r++)
+        for (int64_t head = 0; head < h; head++)
+          right &= head_right(c, &a, r, head, out + r * stride + head * c->d);
+      CHECK(right);
+      if (!right)
+        fprintf(stderr, "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d\n",
+                (int)c->d, (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->seen,
+                (int)c->rows, c->dtype == ACRE_BF16, c->bias);
+    }
+    CHECK(!first || same(first, out, n * 4));
+    for (int64_t r = 0; r < c->rows; r++)
+      CHECK(acre_bits(out[r * stride + stride - 1]) == 0x7fc0dead);
+    if (c->rows > 3) { /* rows 1.. alone: the same bits */
+      float *some = nans(n);
+      run_attend(i, c, &a, some, 1, c->rows - 2);
+      CHECK(same(some, out + stride, (c->rows - 2) * stride * 4));
+      free(some);
+    }
+    if (first)
+      free(out);
+    else
+      first = out;
+  }
+  free_attention(&a);
+  free(first);
+}
+
+static void test_attends(void) {
+  static const int64_t dims[] = {2, 16, 64, 80, 90, 96, 128};
+  static const int64_t rows[] = {1, 2, 5, 40};
+  static const int64_t prefixes[] = {0, 1, 64, 300};
+  int64_t index = 0;
+  for (int64_t d = 0; d < ACRE_COUNT(dims); d++)
+    for (int64_t r = 0; r < ACRE_COUNT(rows); r++)
+      for (int64_t p = 0; p < ACRE_COUNT(prefixes); p++, index++)
+        test_attend(&(attend_case){dims[d], 1 + index % 3, 1 + index % 8, prefixes[p],
+                                   index % 4 * 25, rows[r],
+                                   index % 2 ? ACRE_BF16 : ACRE_F32, index / 2 % 2});
+  test_attend(&(attend_case){64, 1, 3, 2500, 17, 1, ACRE_BF16, true}); /* many runs */
+  test_attend(&(attend_case){16, 2, 40, 70, 3, 1, ACRE_F32, false});   /* many heads */
+  test_attend(&(attend_case){16, 1, 110, 70, 3, 5, ACRE_F32, false});
+  test_attend(&(attend_case){512, 1, 1, 30, 3, 7, ACRE_BF16, true});
+  test_attend(&(attend_case){512, 1, 2, 300, 3, 1, ACRE_F32, true});
+}
+
+/* ---------------------------------------------------------------- scoring */
+
+static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
+  int64_t g = 2, group = 3, h = g * group;
+  attend_case c = {d, g, group, m, 0, t, dtype, false};
+  attend_data a = make_attention(&c);
+  uint8_t use[6] = {1, 0, 1, 0, 0, 1};
+  float *old = random_floats(m), *first = NULL;
+  double *exact = calloc((size_t)m, sizeof *exact), *p = calloc((size_t)m, sizeof *p);
+  for (int64_t r = 0; r < t; r++) {
+    for (int64_t head = 0; head < h; head++) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t j = 0; j < m; j++)
+        sum += p[j] = exp(logit_of(&c, &a, r, head, 0, j, &size));
+      for (int64_t j = 0; use[head] && j < m; j++) exact[j] += p[j] / sum;
+    }
+  }
+  acre_heads heads = {h, g, d, dtype};
+  for (int i = 0; i < backend_count; i++) {
+    float *scores = malloc((size_t)m * sizeof(float));
+    memcpy(scores, old, (size_t)m * sizeof(float));
+    backends[i]->ops->score(queues[i], scores, a.q, h * d, a.keys[0], use, t, m, &heads);
+    bool right = true;
+    for (int64_t j = 0; j < m; j++)
+      right &= fabs(scores[j] - (old[j] + exact[j])) <=
+               EPS * ((double)(4 * d + 40) * 8 + (double)t * 3) * (exact[j] + 1e-3) + 1e-6;
+    CHECK(right);
+    CHECK(!first || same(first, scores, m * 4));
+    if (first)
+      free(scores);
+    else
+      first = scores;
+  }
+  free_attention(&a);
+  free(first), free(old), free(exact), free(p);
+}
+
+static void test_topk(void) {
+  const acre_backend_ops *ops = backends[0]->ops;
+  for (int64_t m = 1; m < 60; m++) {
+    for (int64_t k = 0; k <= m; k++) {
+      float scores[60];
+      int32_t groups[61];
+      for (int64_t i = 0; i < m; i++) {
+        scores[i] = (float)(random_bits(&seed) % 9);
+        if (scores[i] == 8.0f) scores[i] = NAN;
+        if (scores[i] == 7.0f) scores[i] = -INFINITY;
+      }
+      memset(groups, 0xff, sizeof groups);
+      ops->topk(queues[0], groups, scores, m, k);
+      bool right = groups[k] == -1;
+      for (int64_t i = 0; i < m; i++) { /* chosen: fewer than k are better */
+        int64_t better = 0, chosen = 0;
+        float s = isnan(scores[i]) ? -INFINITY : scores[i];
+        for (int64_t j = 0; j < m; j++) {
+          float o = isnan(scores[j]) ? -INFINITY : scores[j];
+          bool nan_i = isnan(scores[i]), nan_j = isnan(scores[j]);
+          better += o > s || (o == s && (nan_i != nan_j ? nan_i : j < i));
+        }
+        for (int64_t j = 0; j < k; j++) chosen += groups[j] == i;
+        right &= chosen == (better < k);
+      }
+      for (int64_t j = 1; j < k; j++) right &= groups[j - 1] < groups[j];
+      CHECK(right);
+    }
+  }
+}
+
+/* ---------------------------------------------------------------- rows, timeline */
+
+/* Runs every row operation into one buffer: leaf kernels are tested elsewhere, here it is
+ * strides, indices, types and threads. */
+static float *run_rows(int i, const float *x, const void *table, const float *angles,
+                       const int32_t *index, acre_dtype dtype, int64_t size) {
+  enum { ROWS = 37, VOCAB = 50, H = 6, G = 2, D = 10, WIDTH = G * D };
+  const acre_backend_ops *ops = backends[i]->ops;
+  acre_queue *queue = queues[i];
+  acre_heads heads = {H, G, D, dtype};
+  float *y = nans(size), *end = y;
+  const float *cos = angles, *sin = angles + 500;
+  ops->embed(queue, end, index, table, (const char *)table + 40, ROWS, VOCAB, WIDTH, dtype);
+  end += ROWS * WIDTH;
+  ops->rmsnorm(queue, end, x, angles, 1e-5, ROWS, WIDTH), end += ROWS * WIDTH;
+  ops->gather_rows(queue, end, 23, x, 25, index, ROWS, WIDTH), end += ROWS * 23;
+  ops->scatter_rows(queue, end, 23, x, 25, index, ROWS, WIDTH), end += VOCAB * 23;
+  ops->swiglu(queue, end, x, ROWS, WIDTH), end += ROWS * WIDTH;
+  memcpy(end, x, ROWS * 70 * sizeof(float));
+  ops->rope(queue, end, 70, cos, sin, 3, ROWS, H, D), end += ROWS * 70;
+  for (int part = 0; part < 2; part++) {
+    void *raw = end, *rotated = end + ROWS * WIDTH, *values = end + 2 * ROWS * WIDTH;
+    void *again = end + 3 * ROWS * WIDTH;
+    ops->store_kv(queue, part ? raw : NULL, rotated, values, x, x + 20, 50, cos, sin, 2,
+                  ROWS, &heads);
+    if (part) {
+      ops->rotate(queue, again, raw, cos, sin, 2, ROWS, &heads);
+      CHECK(same(again, rotated, ROWS * WIDTH * (int64_t)acre_dtype_size(dtype)));
+    }
+    end += 4 * ROWS * WIDTH;
+  }
+  const void *sources[12];
+  for (int j = 0; j < 12; j++)
+    sources[j] = (const char *)table + (j * 7 % 40) * WIDTH * (int)acre_dtype_size(dtype);
+  ops->pool(queue, end, sources, 4, 3, WIDTH, dtype), end += 4 * WIDTH;
+  acre_span spans[3] = {{table, 5, 2}, {x, 0, 0}, {x, 0, 3}};
+  ops->copy_rows(queue, end, spans, 3, 12), end += 7 * 3;
+  CHECK(end <= y + size);
+  return y;
+}
+
+static void check_rows(const float *y, const float *x, const void *table, const float *cos,
+                       const int32_t *index, acre_dtype dtype) {
+  bool right = true;
+  const float *sin = cos + 500;
+  for (int64_t i = 0; i < 37; i++)
+    for (int64_t c = 0; c < 20; c++) {
+      int64_t row = index[i] == 50 ? 40 / (20 * (int64_t)acre_dtype_size(dtype)) : index[i];
+      right &= y[i * 20 + c] == at(table, row * 20 + c + (index[i] == 50 ? (40 / (int64_t)acre_dtype_size(dtype)) % 20 : 0), dtype);
+    }
+  CHECK(right);
+  y += 2 * 37 * 20;
+  for (int64_t i = 0; i < 37; i++) {
+    right &= same(y + i * 23, x + index[i] * 25, 80);
+    right &= acre_bits(y[i * 23 + 21]) == 0x7fc0dead;
+    right &= same(y + 37 * 23 + index[i] * 23, x + i * 25, 80);
+  }
+  CHECK(right);
+  y += 37 * 23 + 50 * 23 + 37 * 20;
+  for (int64_t i = 0; i < 37; i++)
+    for (int64_t head = 0; head < 6; head++)
+      for (int64_t c = 0; c < 5; c++) {
+        const float *from = x + i * 70 + head * 10 + c, *to = y + i * 70 + head * 10 + c;
+        double co = cos[(3 + i) * 5 + c], si = sin[(3 + i) * 5 + c];
+        right &= fabs(to[0] - (from[0] * co - from[5] * si)) <= 4 * EPS;
+        right &= fabs(to[5] - (from[5] * co + from[0] * si)) <= 4 * EPS;
+      }
+  CHECK(right);
+  y += 37 * 70;
+  const void *rotated = y + 37 * 20, *values = y + 2 * 37 * 20;
+  for (int64_t i = 0; i < 37; i++)
+    for (int64_t c = 0; c < 20; c++) {
+      double k = as(x[i * 50 + c], dtype);
+      double other = as(x[i * 50 + c + (c % 10 < 5 ? 5 : -5)], dtype);
+      double co = cos[(2 + i) * 5 + c % 5], si = sin[(2 + i) * 5 + c % 5];
+      double exact = k * co + (c % 10 < 5 ? -other : other) * si;
+      double unit = dtype == ACRE_F32 ? 4 * EPS : 0x1p-8;
+      right &= fabs(at(rotated, i * 20 + c, dtype) - exact) <= unit;
+      right &= at(values, i * 20 + c, dtype) == as(x[20 + i * 50 + c], dtype);
+    }
+  CHECK(right);
+  y += 8 * 37 * 20;
+  for (int64_t j = 0; j < 4; j++)
+    for (int64_t c = 0; c < 20; c++) {
+      float sum = 0.0f;
+      for (int64_t i = 0; i < 3; i++) sum += at(table, (j * 3 + i) * 7 % 40 * 20 + c, dtype);
+      right &= at(y, j * 20 + c, dtype) == as(sum / 3.0f, dtype);
+    }
+  y += 4 * 20;
+  right &= same(y, x, 36) && same(y + 15, table, 24) && acre_bits(y[9]) == 0x7fc0dead;
+  CHECK(right);
+}
+
+static void test_rows(acre_dtype dtype) {
+  int64_t size = 20000;
+  float *x = random_floats(50 * 100), *angles = random_floats(1000), *first = NULL;
+  void *table = random_typed(51 * 20, dtype);
+  int32_t index[37];
+  for (int i = 0; i < 37; i++) index[i] = (i * 13 + 1) % 50;
+  int32_t with_l1[37];
+  memcpy(with_l1, index, sizeof index);
+  for (int i = 0; i < backend_count; i++) {
+    float *y = run_rows(i, x, table, angles, index, dtype, size);
+    if (!first) {
+      check_rows(y, x, table, angles, index, dtype);
+      first = y;
+      continue;
+    }
+    CHECK(same(first, y, size * 4));
+    free(y);
+  }
+  for (int i = 0; i < 37; i += 5) with_l1[i] = 50;
+  float *y = nans(37 * 20), row[20];
+  void *l1 = random_typed(20, dtype);
+  backends[0]->ops->embed(queues[0], y, with_l1, table, l1, 37, 50, 20, dtype);
+  for (int c = 0; c < 20; c++) row[c] = at(l1, c, dtype);
+  CHECK(same(y, row, 80) && same(y + 35 * 20, row, 80) && same(y + 20, first + 20, 80));
+  free(x), free(angles), free(table), free(first), free(y), free(l1);
+}
+
+/* Long spans and uploads, which are cut among threads. */
+static void test_copies(void) {
+  int64_t rows = 5000, bytes = 600;
+  uint8_t *from = malloc((size_t)(rows * bytes)), *to = calloc(1, (size_t)(rows * bytes));
+  for (int64_t i = 0; i < rows * bytes; i++) from[i] = (uint8_t)(i * 2654435761u >> 13);
+  acre_span spans[3] = {{from, 1000, 4000}, {from + 4000 * bytes, 0, 700},
+                        {from + 4700 * bytes, 700, 300}};
+  for (int i = 0; i < backend_count; i++) {
+    memset(to, 0, (size_t)(rows * bytes));
+    backends[i]->ops->copy_rows(queues[i], to, spans, 3, (size_t)bytes);
+    CHECK(same(to + 1000 * bytes, from, 4000 * bytes));
+    CHECK(same(to, from + 4000 * bytes, 1000 * bytes));
+    backends[i]->ops->upload(queues[i], to, from, (size_t)(rows * bytes));
+    CHECK(same(to, from, rows * bytes));
+    backends[i]->ops->download(queues[i], to, from + 1, 999);
+    CHECK(same(to, from + 1, 999) && to[999] == from[999]);
+  }
+  free(from), free(to);
+}
+
+/* ---------------------------------------------------------------- memory */
+
+static void test_memory(void) {
+  acre_backend *backend;
+  acre_buffer *buffer, *none;
+  acre_error error;
+  int64_t live = acre_alloc_live();
+  CHECK(acre_cpu_backend_open(&backend, 2, NULL, &error) == ACRE_OK);
+  CHECK(backend->ops->alloc(backend, &buffer, 1 << 20, &error) == ACRE_OK);
+  CHECK(backend->account.held == 1 << 20 && ((uintptr_t)acre_buffer_data(buffer) & 63) == 0);
+  CHECK(backend->ops->alloc(backend, &none, SIZE_MAX / 2 + 1, &error) == ACRE_NO_MEMORY);
+  CHECK(!none && error.status == ACRE_NO_MEMORY && backend->account.held == 1 << 20);
+  for (int64_t n = 1; n <= 3; n++) {
+    acre_alloc_fail_at(n);
+    CHECK(backend->ops->alloc(backend, &none, 64, NULL) == ACRE_NO_MEMORY && !none);
+    acre_queue *queue;
+    acre_alloc_fail_at(n);
+    CHECK(backend->ops->queue_open(backend, &queue, NULL) == ACRE_NO_MEMORY && !queue);
+  }
+  acre_alloc_fail_at(0);
+  backend->ops->destroy(backend); /* the buffer outlives it */
+  memset(acre_buffer_data(buffer), 1, 1 << 20);
+  acre_buffer_release(buffer);
+  for (int64_t n = 1; n <= 4; n++) {
+    acre_alloc_fail_at(n);
+    CHECK(acre_cpu_backend_open(&backend, 3, NULL, NULL) == ACRE_NO_MEMORY && !backend);
+  }
+  acre_alloc_fail_at(0);
+  CHECK(acre_cpu_backend_open(&backend, 1, "sse9", &error) == ACRE_BAD_VALUE && !backend);
+  CHECK(acre_cpu_backend_open(&backend, -1, NULL, &error) == ACRE_BAD_VALUE);
+  if (!(acre_cpu_features() & ACRE_CPU_AVX512))
+    CHECK(acre_cpu_backend_open(&backend, 1, "avx512", &error) == ACRE_UNSUPPORTED);
+  CHECK(acre_alloc_live() == live);
+}
+
+int main(int argc, char **argv) {
+  uint64_t first_seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 7;
+  static const char *const names[] = {"scalar", "avx2", "avx512"};
+  seed = first_seed;
+  printf("seed %llu, backends:", (unsigned long long)first_seed);
+  for (int i = 0; i < BACKENDS; i++) {
+    acre_backend *backend;
+    if (acre_cpu_backend_open(&backend, i % 2 ? 3 : 1, names[i / 2], NULL) != ACRE_OK)
+      continue;
+    printf(" %s/%d", backend->isa, backend->threads);
+    if (backend->ops->queue_open(backend, &queues[backend_count], NULL) != ACRE_OK) return 1;
+    backends[backend_count++] = backend;
+  }
+  printf("\n");
+  test_memory();
+  test_matmuls();
+  test_fill();
+  test_attends();
+  test_score(1, 1, 64, ACRE_F32);
+  test_score(40, 300, 64, ACRE_BF16);
+  test_score(7, 130, 90, ACRE_F32);
+  test_score(130, 64, 16, ACRE_BF16);
+  test_topk();
+  test_rows(ACRE_F32);
+  test_rows(ACRE_BF16);
+  test_copies();
+  for (int i = 0; i < backend_count; i++) {
+    backends[i]->ops->queue_close(queues[i]);
+    backends[i]->ops->destroy(backends[i]);
+  }
+  CHECK(acre_alloc_live() == 0);
+  return check_report();
+}
