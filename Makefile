@@ -15,6 +15,7 @@ HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c))))
 
 BUILD   := build/c
+JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
 
 .PHONY: help build test ctest demo bench asan tsan fmt lint wheel clean
@@ -47,7 +48,8 @@ $(VENV)/.tools: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
-test: $(VENV)/.tools ctest asan tsan ## all tests: C, sanitizers, lint, Python
+test: $(VENV)/.tools ## all tests: C, sanitizers, lint, Python
+	@for part in ctest asan tsan; do $(MAKE) --no-print-directory $(JOBS) $$part || exit 1; done
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
