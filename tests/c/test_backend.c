@@ -87,9 +87,10 @@ static bool matmul_right(const matmul_case *c, const float *y, int64_t stride,
         double p = (double)as(x[i * c->K + k], c->dtype) * as(w[j * c->K + k], c->dtype);
         sum += p, size += fabs(p);
       }
-      double addend = (c->bias ? bias[j] : 0.0) + (c->accumulate ? old[i * stride + j] : 0);
-      double error = fabs(y[i * stride + j] - (sum + addend));
-      if (!(error <= EPS * ((double)c->K * size + 4 * (size + fabs(addend))))) return false;
+      double b = c->bias ? bias[j] : 0.0, o = c->accumulate ? old[i * stride + j] : 0.0;
+      double error = fabs(y[i * stride + j] - (sum + b + o));
+      if (!(error <= EPS * ((double)c->K * size + 3 * (size + fabs(b) + fabs(o)))))
+        return false;
     }
     for (int64_t j = c->N; j < stride; j++)
       if (acre_bits(y[i * stride + j]) != 0x7fc0dead) return false;

@@ -153,6 +153,7 @@ static int64_t written(int which, int64_t n) {
  * the number of roundings; false for kernels that only move values. */
 static bool reference(int which, int64_t n, int64_t i, float *const x[4], double *value,
                       double *error) {
+  if (which == 9 || which == 10) return false;
   double a = x[0][i], b = x[1][i], sum = 0.0, size = 0.0;
   switch (which) {
   case 3: *value = a + b, *error = EPS * fabs(*value); return true;

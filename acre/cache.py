@@ -1,0 +1,505 @@
+"""The frozen bi-layer cache of one text: questions, saving, loading, extending.
+
+Takes a text (or token ids) and a model; gives answers with the passages they rest on.
+One idea: the core cache never changes, so every question opens a session of its own on
+it, any number of threads may ask at once, and an extension makes a new core cache that
+takes the old one's place only when it is whole. Refuses empty texts and questions,
+questions beyond the reserve, budgets below one group, and files that belong to another
+model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from acre import _core, generate, storage
+from acre.build import Figures, Progress, State, build_options, extended, read
+from acre.chat import Frame
+from acre.generate import Sampling, Stream, Streamer, integer
+from acre.model import check_ids, check_text, elapsed_ms, is_batch, new_token_limit
+from acre.report import Answer, Layout, Span, Stats, spans_of
+
+if TYPE_CHECKING:
+    from acre.model import Ids, Model
+
+SELECTS = ("shared", "per_layer")
+
+
+# ------------------------------------------------------------------------------- asking
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """The options of one question, checked as far as they can be without it."""
+
+    eta: int
+    select: str
+    heads: np.ndarray | None
+    rotated: bool
+    groups: np.ndarray | None = None
+
+
+def _check_groups(groups: Any) -> np.ndarray | None:
+    """Groups given by the caller as int32 [k] or [L, k]; the core checks order."""
+    if groups is None:
+        return None
+    array = np.asarray(groups)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"groups: got {array.dtype}, expected integers")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+class Cache:
+    """One text, read once. Thread-safe: questions run side by side on it.
+
+    Made by `Model.build` and `Cache.load`. `len(cache)` = n, the context tokens (frame
+    tokens before the text included); group j is `ids[j*l : (j+1)*l]`.
+    """
+
+    def __init__(self, model: Model, state: State, frame: Frame | None) -> None:
+        """For `build` and `load`."""
+        self.model = model
+        self.frame = frame
+        self._state = state
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        text_or_ids: str | Ids,
+        *,
+        interval: int | str = "auto",
+        window: int = 4096,
+        stride: int = 2048,
+        carry: int = 0,
+        proxy: str = "pooled",
+        progress: Progress = True,
+        eta: int = 4096,
+        reserve: int | None = None,
+        frame: Frame | bool | None = None,
+    ) -> Cache:
+        """As `Model.build`, which documents the arguments."""
+        options = build_options(proxy, interval, window, stride, carry, eta, reserve)
+        return cls(model, *read(model, text_or_ids, options, progress, frame))
+
+    # ---------------------------------------------------------------------------- facts
+
+    def __len__(self) -> int:
+        return self._state.layout.n
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"acre.Cache(n={plan['n']}, interval={plan['interval']}, m={plan['m']}, "
+            f"proxy={self.proxy!r}, nbytes={self.nbytes})"
+        )
+
+    @property
+    def core(self) -> _core.Cache:
+        """The frozen core cache."""
+        return self._state.core
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """What the text became: n, interval, window, stride, carry, m, recent,
+        bytes."""
+        return self._state.core.plan
+
+    @property
+    def interval(self) -> int:
+        """l, the L2 tokens of one group."""
+        return self._state.layout.interval
+
+    @property
+    def proxy(self) -> str:
+        """ "pooled" or "trained"."""
+        return self._state.core.proxy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of L1, L2 and recent entries."""
+        return self._state.core.nbytes
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Context token ids, read-only int32 [n], the frame's prefix included."""
+        return self._state.core.ids
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Frame tokens before the text's own: token i of a span is ids[prefix + i]."""
+        return self._state.layout.prefix
+
+    @property
+    def text(self) -> str:
+        """The text given to `build`; decoded when ids were given."""
+        layout = self._state.layout
+        if layout.text is not None:
+            return layout.text
+        return self.model.decode(self.ids[layout.prefix :])
+
+    @property
+    def offsets(self) -> np.ndarray | None:
+        """Character range of each of the text's tokens, [n - prefix, 2]; None for
+        ids."""
+        return self._state.layout.offsets
+
+    @property
+    def stats(self) -> Stats:
+        """The figures of the last build or extension; nothing built after loading."""
+        return self._stats(self._state)
+
+    def _stats(self, state: State) -> Stats:
+        plan, figures = state.core.plan, state.figures
+        rate = figures.built / figures.seconds if figures.seconds > 0 else 0.0
+        return Stats(
+            tokens_built=figures.built,
+            tokens_reused=figures.reused,
+            tokens_recomputed=figures.recomputed,
+            build_s=figures.seconds,
+            build_tokens_per_s=rate,
+            peak_bytes=self.model.core.engine.peak_bytes,
+            l1_bytes=plan["l1_bytes"],
+            l2_bytes=plan["l2_bytes"],
+            recent_bytes=plan["recent_bytes"],
+        )
+
+    # ---------------------------------------------------------------------------- views
+
+    def _view(self, part: str, layer: int, page: int = 0) -> _core.Tensor:
+        layers = self.model.config["layers"]
+        index = integer("layer", layer, -layers, layers - 1) % layers
+        return self._state.core.view(part, index, page)[0]
+
+    def _pages(self, part: str, layer: int) -> _core.Tensor | list[_core.Tensor]:
+        pages = self._state.core.pages
+        views = [self._view(part, layer, page) for page in range(pages)]
+        return views[0] if len(views) == 1 else views
+
+    def l1_keys(self, layer: int) -> _core.Tensor:
+        """Read-only view [m, g, d] of the L1 keys, before RoPE; no copy."""
+        return self._view("l1_keys", layer)
+
+    def l1_values(self, layer: int) -> _core.Tensor:
+        """Read-only view [m, g, d] of the L1 values."""
+        return self._view("l1_values", layer)
+
+    def l2_keys(self, layer: int) -> _core.Tensor | list[_core.Tensor]:
+        """The L2 keys [tokens, g, d], before RoPE: one view, or a list of pages."""
+        return self._pages("l2_keys", layer)
+
+    def l2_values(self, layer: int) -> _core.Tensor | list[_core.Tensor]:
+        """The L2 values: one view, or a list of pages."""
+        return self._pages("l2_values", layer)
+
+    def recent_keys(self, layer: int) -> _core.Tensor:
+        """Read-only view [r, g, d] of the entries after the last L1 entry."""
+        return self._view("recent_keys", layer)
+
+    def recent_values(self, layer: int) -> _core.Tensor:
+        """Read-only view [r, g, d] of the values after the last L1 entry."""
+        return self._view("recent_values", layer)
+
+    # --------------------------------------------------------------------------- asking
+
+    def _question(self, question: str | Ids) -> tuple[np.ndarray, int, int]:
+        """(ids [t], first, last): the query pass and its scored range.
+
+        A string is framed where the cache has a frame; ids are taken as they are.
+        """
+        if isinstance(question, (bytes, bytearray)):
+            raise TypeError("question: got bytes, expected str or token ids")
+        if not isinstance(question, str) or self.frame is None:
+            ids = self.model.encode("question", question)
+            return ids, 0, len(ids)
+        check_text("question", question)
+        framed, first, last = self.frame.question_ids(question)
+        ids = check_ids("question", framed, self.model.config["vocab_size"])
+        if last <= first:
+            raise ValueError("question: has no tokens of its own")
+        return ids, int(first), int(last)
+
+    def _options(
+        self,
+        eta: int,
+        select: str,
+        heads: Any = None,
+        rotated: bool | None = None,
+        groups: Any = None,
+    ) -> _Ask:
+        if select not in SELECTS:
+            raise ValueError(f"select: got {select!r}, expected one of {SELECTS}")
+        scoring = self.model.scoring
+        return _Ask(
+            integer("eta", eta, 0),
+            select,
+            scoring.heads if heads is None else np.asarray(heads),
+            scoring.rotated if rotated is None else bool(rotated),
+            _check_groups(groups),
+        )
+
+    def _room(self, state: State, t: int) -> int:
+        """Positions left for the answer; TooLongError for a question beyond reserve."""
+        reserve = state.core.plan["reserve"]
+        if t > reserve:
+            raise _core.TooLongError(
+                f"question: {t} tokens (frame included) exceed the reserve of "
+                f"{reserve}; shorten it or build with a larger reserve"
+            )
+        return reserve - t
+
+    def _score(
+        self, session: _core.Session, query: tuple[np.ndarray, int, int], ask: _Ask
+    ) -> np.ndarray:
+        """float32 [m] or [L, m]."""
+        return session.score(
+            *query, select=ask.select, rotated=ask.rotated, heads=ask.heads
+        )
+
+    def _choose(
+        self,
+        state: State,
+        session: _core.Session,
+        query: tuple[np.ndarray, int, int],
+        ask: _Ask,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(groups, scores): the caller's groups, or the best k of the scored ones."""
+        if ask.groups is not None:
+            return ask.groups, None
+        k = state.core.refill_count(ask.eta)
+        if k == 0:
+            return np.zeros(0, dtype=np.int32), None
+        scores = self._score(session, query, ask)
+        if scores.ndim == 1:
+            return _core.select_groups(scores, k), scores
+        return np.stack([_core.select_groups(row, k) for row in scores]), scores
+
+    def _spans(
+        self, state: State, groups: np.ndarray, scores: np.ndarray | None
+    ) -> list[Span]:
+        return spans_of(state.layout, state.core.ids, groups, scores, self.model.decode)
+
+    def _answer(
+        self, question: str | Ids, ask: _Ask, sampling: Sampling, streamer: Any
+    ) -> Generator[str, None, Answer]:
+        """Checks now; scores, refills and decodes when iterated."""
+        state = self._state
+        if sampling.stop and self.model.tokenizer is None:
+            raise ValueError("stop: needs a tokenizer, the model has none")
+        if ask.groups is None:
+            state.core.refill_count(ask.eta)
+        query = self._question(question)
+        t = len(query[0])
+        limit = new_token_limit(
+            sampling.max_new_tokens, t, self._room(state, t), "question", "the reserve"
+        )
+        target = Streamer(streamer)
+        return self._pieces(state, query, ask, sampling, limit, target)
+
+    def _pieces(
+        self,
+        state: State,
+        query: tuple[np.ndarray, int, int],
+        ask: _Ask,
+        sampling: Sampling,
+        limit: int,
+        target: Streamer,
+    ) -> Generator[str, None, Answer]:
+        """The two passes and the token loop; yields text, returns the Answer."""
+        ids, model = query[0], self.model
+        start = time.perf_counter()
+        session = _core.Session(model.core, state.core, capacity=len(ids) + limit)
+        target.prompt(ids)
+        groups, scores = self._choose(state, session, query, ask)
+        scored = time.perf_counter()
+        session.refill(groups)
+        refilled = time.perf_counter()
+        session.prefill(ids)
+        result = yield from generate.run(
+            session, sampling, limit, model.tokenizer, model.eos_ids, target
+        )
+        stats = replace(
+            self._stats(state),
+            tokens_reused=state.layout.n,
+            tokens_recomputed=0,
+            score_ms=elapsed_ms(start, scored),
+            refill_ms=elapsed_ms(scored, refilled),
+            time_to_first_token_ms=elapsed_ms(start, result.first_token_at),
+            decode_tokens_per_s=result.decode_tokens_per_s,
+            prompt_tokens=len(ids),
+            new_tokens=len(result.ids),
+            groups_refilled=int(groups.shape[-1]),
+        )
+        return Answer(
+            result.text,
+            np.array(result.ids, dtype=np.int32),
+            self._spans(state, groups, scores),
+            stats,
+            groups,
+            scores,
+            result.finish_reason,
+            state.layout.text,
+        )
+
+    def ask(
+        self,
+        question: str | Ids | Sequence[str] | Sequence[Ids],
+        eta: int = 4096,
+        select: str = "shared",
+        max_new_tokens: int = generate.DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | list[str] | None = None,
+        groups: Any = None,
+        heads: Any = None,
+        rotated: bool | None = None,
+        streamer: Any = None,
+    ) -> Answer | list[Answer]:
+        """Answers a question (a list gives a list); the cache stays as it is.
+
+        eta: refill budget in L2 tokens, 0 = none, else at least one group. select: one
+        choice of groups for all layers ("shared") or each layer its own ("per_layer").
+        groups: int [k] or [L, k] ascending, instead of scoring. heads: [L, h] query
+        heads that score, rotated: after RoPE; None = the model's `scoring`. Question
+        and new tokens must fit the reserve; only the default number of new tokens
+        yields. ValueError, TypeError, TooLongError, MemoryError.
+        """
+        options = self._options(eta, select, heads, rotated, groups)
+        sampling = Sampling(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop
+        )
+        if isinstance(question, (list, tuple)) and not question:
+            raise ValueError("question: got an empty list")
+        if is_batch(question):
+            return [
+                Stream(self._answer(one, options, sampling, streamer)).finish()
+                for one in question
+            ]
+        return Stream(self._answer(question, options, sampling, streamer)).finish()
+
+    def stream(
+        self,
+        question: str | Ids,
+        eta: int = 4096,
+        select: str = "shared",
+        *,
+        groups: Any = None,
+        heads: Any = None,
+        rotated: bool | None = None,
+        streamer: Any = None,
+        **sampling: Any,
+    ) -> Stream:
+        """As `ask` for one question, as an iterator over text pieces; its `.answer` is
+        the Answer once the pieces are used up."""
+        options = self._options(eta, select, heads, rotated, groups)
+        return Stream(self._answer(question, options, Sampling(**sampling), streamer))
+
+    def score(
+        self,
+        question: str | Ids,
+        select: str = "shared",
+        heads: Any = None,
+        rotated: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of the groups for a question: float32 [m], or [L, m] per layer."""
+        state, ask = self._state, self._options(0, select, heads, rotated)
+        query = self._question(question)
+        self._room(state, len(query[0]))
+        session = _core.Session(self.model.core, state.core, capacity=len(query[0]))
+        return self._score(session, query, ask)
+
+    def refill(
+        self,
+        question: str | Ids,
+        eta: int = 4096,
+        select: str = "shared",
+        heads: Any = None,
+        rotated: bool | None = None,
+    ) -> list[Span]:
+        """The spans that `ask` would refill, without answering."""
+        state, ask = self._state, self._options(eta, select, heads, rotated)
+        query = self._question(question)
+        self._room(state, len(query[0]))
+        session = _core.Session(self.model.core, state.core, capacity=len(query[0]))
+        return self._spans(state, *self._choose(state, session, query, ask))
+
+    # ------------------------------------------------------------------------ extending
+
+    def extend(self, text_or_ids: str | Ids, progress: Progress = True) -> Cache:
+        """Appends to the text, in place; equals having built the longer text.
+
+        A text is tokenised again together with the addition, and the ids that stay the
+        same are kept. Where that would change tokens of a full window (the boundary
+        lies inside one), the addition is encoded alone. The interval stays as it is.
+        Returns self. On any error, and on Ctrl-C, the cache stays as it was; questions
+        under way in other threads go on with the text they began with. ValueError,
+        TypeError, TooLongError (the longer text does not fit), MemoryError.
+        """
+        self._state = extended(self.model, self._state, text_or_ids, progress)
+        return self
+
+    # -------------------------------------------------------------------------- storing
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to one file in safetensors layout, atomically.
+
+        A failed, interrupted or killed save leaves an older file as it was. OSError
+        (disk full among them). See `acre.storage` for the layout.
+        """
+        state, model = self._state, self.model
+        storage.save(
+            path,
+            state.core,
+            storage.Facts(
+                fingerprints={
+                    **model.fingerprints,
+                    "frame": storage.frame_fingerprint(self.frame),
+                },
+                w_max=model.config["w_max"],
+                dtype=model.config["dtype"],
+                prefix=state.layout.prefix,
+                frame=storage.frame_record(self.frame),
+                text=state.layout.text,
+                offsets=state.layout.offsets,
+            ),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Model,
+        verify: bool = False,
+        frame: Frame | None = None,
+    ) -> Cache:
+        """Opens a saved cache in milliseconds: keys and values are mapped, not read.
+
+        verify: also read everything once and check its checksums. frame: needed only
+        where the cache was built with a frame of the caller's own class.
+        FileNotFoundError; CacheFileError for a damaged file, and naming what differs
+        when model, tokenizer, adapter, frame or parameters are not those of the file.
+        The file must not be cut while the cache lives; saving over it is safe.
+        """
+        stored = storage.open_file(path)
+        storage.check_match(stored, model.fingerprints, model.config)
+        own = storage.restore_frame(stored, model.tokenizer, frame)
+        if verify:
+            storage.verify(stored)
+        core = storage.restore(stored, model.core)
+        facts = stored.facts
+        layout = Layout(
+            len(stored.ids), facts.prefix, core.plan["interval"], facts.text,
+            facts.offsets,
+        )  # fmt: skip
+        return cls(model, State(core, layout, Figures()), own)

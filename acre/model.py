@@ -1,0 +1,526 @@
+"""The model: weights and tokenizer, opened once and asked many times.
+
+Takes a Hugging Face directory, a GGUF file or arrays with a configuration; gives
+logits, plain generation and `build`, which reads a long text into a `Cache`. One idea:
+every tensor goes to the core as it is read and is fingerprinted on the way, so that a
+saved cache can name what it belongs to. Refuses unknown devices and dtypes, ids outside
+the vocabulary, empty prompts and prompts longer than the position range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from acre import _core, generate, loaders
+from acre.errors import ModelFileError
+from acre.generate import Sampling, Stream, Streamer, integer
+from acre.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from acre.cache import Cache
+    from acre.chat import Frame
+
+Ids = Sequence[int] | np.ndarray
+Tensors = Iterable[tuple[str, Any, str | None]]
+
+DTYPES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "f32": "f32",
+    "fp32": "f32",
+    "float32": "f32",
+}
+SAMPLE_BLOCKS, SAMPLE_ELEMENTS = 16, 2048
+
+
+# ----------------------------------------------------------------------- scoring choice
+
+
+@dataclass
+class Scoring:
+    """Which query heads judge the groups, and whether rotated queries and keys do.
+
+    heads: uint8 [L, h], nonzero = counts; None = the last layer's heads (shared
+    selection) or every layer's own (per_layer). rotated: score after RoPE.
+    """
+
+    heads: np.ndarray | None = None
+    rotated: bool = True
+
+
+def _registered_scoring(keys: Iterable[str], layers: int, heads: int) -> Scoring:
+    """The measured choice of the first key that acre/scoring.json knows, or the
+    default.
+
+    An entry: {"heads": [[layer, head], ...] or null, "rotated": bool}.
+    """
+    text = resources.files("acre").joinpath("scoring.json").read_text("utf-8")
+    table = json.loads(text)
+    entry = next((table[key] for key in keys if key in table), None)
+    if entry is None:
+        return Scoring()
+    mask = None
+    if entry.get("heads") is not None:
+        mask = np.zeros((layers, heads), dtype=np.uint8)
+        for layer, head in entry["heads"]:
+            mask[layer, head] = 1
+    return Scoring(mask, bool(entry.get("rotated", True)))
+
+
+# ------------------------------------------------------------------------- fingerprints
+
+
+def _elements(array: Any, start: int, stop: int) -> np.ndarray:
+    """Elements [start, stop) of a tensor in row-major order, as NumPy, without a copy
+    of the whole. bf16 tensors that NumPy cannot hold are widened (exactly) to
+    float32."""
+    if isinstance(array, np.ndarray):
+        if array.flags.c_contiguous:
+            return array.reshape(-1)[start:stop]
+        return array.flat[start:stop]
+    part = array.reshape(-1)[start:stop]
+    try:
+        return np.from_dlpack(part)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return np.asarray(part.float() if hasattr(part, "float") else part)
+
+
+def _tensor_digest(name: str, array: Any, dtype: str | None) -> bytes:
+    """sha256 over name, shape, dtype and evenly spaced blocks of the elements."""
+    shape = tuple(int(size) for size in array.shape)
+    count = int(np.prod(shape, dtype=np.int64))
+    kind = str(dtype or array.dtype).removeprefix("torch.").replace("bfloat", "bf")
+    kind = kind.replace("float", "f")  # one name whatever the source
+    digest = hashlib.sha256(f"{name}|{shape}|{kind}|".encode())
+    limit = SAMPLE_BLOCKS * SAMPLE_ELEMENTS
+    if count <= limit:
+        starts: Sequence[int] = range(0, max(count, 1), max(count, 1))
+        size = count
+    else:
+        size = SAMPLE_ELEMENTS
+        starts = np.linspace(0, count - size, SAMPLE_BLOCKS).astype(np.int64).tolist()
+    for start in starts:
+        digest.update(np.ascontiguousarray(_elements(array, start, start + size)))
+    return digest.digest()
+
+
+class _Fingerprints:
+    """sha256 of the base tensors and of the L1 (acre_*) tensors, whatever their order.
+
+    Evenly spaced blocks stand for a large tensor: loading stays as fast as binding, and
+    any retrained or requantised tensor differs in them.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        facts = {k: v for k, v in config.items() if k not in ("dtype", "w_max")}
+        self._config = json.dumps(facts, sort_keys=True, default=str).encode()
+        self._digests: dict[str, bytes] = {}
+
+    def add(self, name: str, array: Any, dtype: str | None) -> None:
+        """Enters one tensor; a later one of the same name replaces it."""
+        self._digests[name] = _tensor_digest(name, array, dtype)
+
+    def _sum(self, first: bytes, trained: bool) -> str:
+        total = hashlib.sha256(first)
+        names = [name for name in sorted(self._digests) if ("acre_" in name) is trained]
+        for name in names:
+            total.update(self._digests[name])
+        return total.hexdigest() if names or not trained else "none"
+
+    def result(self) -> tuple[str, str]:
+        """(model, adapter); "none" for an untrained adapter."""
+        return self._sum(self._config, False), self._sum(b"adapter", True)
+
+
+# ------------------------------------------------------------------------------- inputs
+
+
+def check_dtype(dtype: Any) -> str:
+    """ "f32" or "bf16" from the names that users write, torch's among them."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected 'bf16' or 'f32'")
+    return DTYPES[name]
+
+
+def _engine(device: str, threads: int) -> _core.Engine:
+    """Opens the device; clear errors for what this build lacks."""
+    if not isinstance(device, str):
+        raise TypeError(f"device: got {type(device).__name__}, expected 'cpu'")
+    if device.split(":")[0] in ("cuda", "gpu"):
+        raise NotImplementedError(f"device: this build has no {device!r}, only 'cpu'")
+    if device != "cpu":
+        raise ValueError(f"device: got {device!r}, expected 'cpu'")
+    return _core.Engine(device=device, threads=integer("threads", threads, 0, 1024))
+
+
+def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+    """Token ids as int32 [n], n >= 1, each in [0, vocab_size).
+
+    TypeError for what are no integers, ValueError for other shapes, an empty sequence
+    or ids outside the vocabulary (the first is named with its position).
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise ValueError(f"{name}: got no tokens")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got {array.dtype}, expected integer token ids")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: got shape {array.shape}, expected one dimension")
+    bad = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if bad.size:
+        raise ValueError(
+            f"{name}: id {array[bad[0]]} at position {bad[0]} is outside the "
+            f"vocabulary of {vocab_size}"
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def check_text(name: str, text: str) -> str:
+    """`text` itself; ValueError when empty or not encodable as UTF-8."""
+    if not text.strip():
+        raise ValueError(f"{name}: got an empty text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start} is a lone surrogate, no valid Unicode"
+        ) from None
+    return text
+
+
+def is_batch(value: Any) -> bool:
+    """True for a list of prompts, False for one (a string or a sequence of ids)."""
+    if isinstance(value, (str, bytes, np.ndarray)):
+        return False
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and isinstance(value[0], (str, list, tuple, np.ndarray))
+    )
+
+
+# -------------------------------------------------------------------------------- model
+
+
+class Model:
+    """Weights on a device, a tokenizer, a scoring choice. Immutable but for `scoring`;
+    may be used from several threads at once."""
+
+    def __init__(
+        self,
+        core: _core.Model,
+        tokenizer: Tokenizer | None,
+        name: str,
+        fingerprints: tuple[str, str],
+    ) -> None:
+        """For `from_pretrained` and `from_arrays`; `core` is ready."""
+        self.core = core
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config: dict[str, Any] = core.config
+        words = tokenizer.fingerprint if tokenizer is not None else "none"
+        self.fingerprints = {
+            "model": fingerprints[0],
+            "adapter": fingerprints[1],
+            "tokenizer": words,
+        }
+        self.scoring = _registered_scoring(
+            (fingerprints[0], name), self.config["layers"], self.config["heads"]
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: Any = "bf16",
+        device: str = "cpu",
+        adapter: str | os.PathLike[str] | None = None,
+        threads: int = 0,
+        w_max: int | None = None,
+    ) -> Model:
+        """Opens a local Hugging Face directory or a GGUF file.
+
+        dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". adapter: a
+        file or directory with trained L1 parameters only. threads: 0 = usable cores.
+        w_max: usable positions, default the model's.
+        FileNotFoundError, ModelFileError (names file and fault), ValueError for
+        options, NotImplementedError for a device that this build lacks, MemoryError.
+        """
+        dtype, engine = check_dtype(dtype), _engine(device, threads)
+        positions = None if w_max is None else integer("w_max", w_max, 1)
+        source = loaders.open_source(path)
+
+        def tensors() -> Generator[tuple[str, Any, str | None], None, None]:
+            yield from source.tensors()
+            if adapter is not None:
+                yield from loaders.open_adapter(adapter)
+
+        try:
+            return cls._bind(
+                engine, source.config, dtype, positions, tensors(), source.tokenizer,
+                source.name,
+            )  # fmt: skip
+        except ModelFileError:
+            raise
+        except ValueError as error:
+            where = f"{path}" + (f" with adapter {adapter}" if adapter else "")
+            raise ModelFileError(f"{where}: {error}") from error
+
+    @classmethod
+    def from_arrays(
+        cls,
+        config: Mapping[str, Any],
+        arrays: Mapping[str, Any],
+        tokenizer: Any = None,
+        dtype: Any = "bf16",
+        device: str = "cpu",
+        threads: int = 0,
+        w_max: int | None = None,
+    ) -> Model:
+        """A model from tensors in memory.
+
+        config: the content of a Hugging Face config.json. arrays: NumPy arrays or
+        DLPack producers on the CPU by Hugging Face name; uint16 arrays are bf16 bits.
+        tokenizer: an acre.Tokenizer, what `Tokenizer.wrap` takes, or a directory with
+        tokenizer.json. Errors as `from_pretrained`; ValueError names the tensor that is
+        missing, unknown, of another shape or not finite.
+        """
+        dtype, engine = check_dtype(dtype), _engine(device, threads)
+        if not isinstance(config, Mapping):
+            kind = type(config).__name__
+            raise TypeError(f"config: got {kind}, expected the dict of a config.json")
+        if not isinstance(arrays, Mapping):
+            kind = type(arrays).__name__
+            raise TypeError(f"arrays: got {kind}, expected a dict of arrays by name")
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = Tokenizer.from_hf_dir(tokenizer)
+        elif tokenizer is not None:
+            tokenizer = Tokenizer.wrap(tokenizer)
+        settings = loaders.config_from_hf(dict(config))
+        name = str(config.get("_name_or_path") or config.get("model_type") or "arrays")
+        tensors = (_bf16_bits(*item) for item in arrays.items())
+        return cls._bind(engine, settings, dtype, w_max, tensors, tokenizer, name)
+
+    @classmethod
+    def _bind(
+        cls,
+        engine: _core.Engine,
+        config: Mapping[str, Any],
+        dtype: str,
+        w_max: int | None,
+        tensors: Tensors,
+        tokenizer: Tokenizer | None,
+        name: str,
+    ) -> Model:
+        """Creates the core model and binds the tensors one at a time."""
+        settings = {**config, "dtype": dtype}
+        if w_max is not None:
+            settings["w_max"] = integer("w_max", w_max, 1)
+        core, prints = _core.Model(engine, settings), _Fingerprints(config)
+        for tensor, array, kind in tensors:
+            core.bind(tensor, array, kind)
+            prints.add(tensor, array, kind)
+        core.ready()
+        return cls(core, tokenizer, name, prints.result())
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"acre.Model({self.name!r}, layers={c['layers']}, hidden={c['hidden']}, "
+            f"w_max={c['w_max']}, dtype={c['dtype']!r}, device='cpu')"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the configuration and the base tensors (`fingerprints` has all)."""
+        return self.fingerprints["model"]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the tokenizer's, or the configuration's."""
+        if self.tokenizer is not None and self.tokenizer.eos_ids:
+            return tuple(self.tokenizer.eos_ids)
+        eos = self.config.get("eos_id", -1)
+        return (eos,) if eos is not None and eos >= 0 else ()
+
+    def info(self) -> dict[str, Any]:
+        """Facts for people: sizes, device, memory, tokenizer, fingerprints."""
+        engine = self.core.engine
+        return {
+            "name": self.name,
+            **self.config,
+            "trained_l1": self.core.has_l1,
+            "device": "cpu",
+            "isa": engine.isa,
+            "threads": engine.threads,
+            "bytes": engine.bytes,
+            "peak_bytes": engine.peak_bytes,
+            "tokenizer": self.tokenizer is not None,
+            "chat_template": bool(self.tokenizer and self.tokenizer.chat_template),
+            "fingerprints": dict(self.fingerprints),
+        }
+
+    def decode(self, ids: Ids) -> str:
+        """Text of token ids; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(ids, skip_special=True)
+
+    def encode(self, name: str, prompt: str | Ids, special: bool = False) -> np.ndarray:
+        """A prompt as int32 ids [t]: strings encoded, ids checked. `name` is for
+        errors."""
+        if not isinstance(prompt, str):
+            return check_ids(name, prompt, self.config["vocab_size"])
+        if self.tokenizer is None:
+            raise ValueError(f"{name}: got a string, but the model has no tokenizer")
+        ids = self.tokenizer.encode(check_text(name, prompt), special=special)
+        return check_ids(name, ids, self.config["vocab_size"])
+
+    # ------------------------------------------------------------------- full attention
+
+    def logits(self, ids: Ids) -> np.ndarray:
+        """Full causal attention over ids [n]: float32 [n, vocab].
+
+        TooLongError when n exceeds w_max.
+        """
+        checked = check_ids("ids", ids, self.config["vocab_size"])
+        session = _core.Session(self.core, None, capacity=len(checked))
+        return session.prefill(checked, logits=True)
+
+    def _generation(
+        self, prompt: str | Ids, sampling: Sampling, streamer: Any
+    ) -> Generator[str, None, generate.Generation]:
+        """Checks now, generates when iterated."""
+        ids = self.encode("prompt", prompt, special=True)
+        room = self.config["w_max"] - len(ids)
+        limit = new_token_limit(
+            sampling.max_new_tokens, len(ids), room, "prompt", "w_max"
+        )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop: needs a tokenizer, the model has none")
+        target = Streamer(streamer)
+
+        def pieces() -> Generator[str, None, generate.Generation]:
+            session = _core.Session(self.core, None, capacity=len(ids) + limit)
+            target.prompt(ids)
+            session.prefill(ids)
+            return (
+                yield from generate.run(
+                    session, sampling, limit, self.tokenizer, self.eos_ids, target
+                )
+            )
+
+        return pieces()
+
+    def generate(
+        self,
+        prompt: str | Ids | Sequence[str] | Sequence[Ids],
+        max_new_tokens: int = generate.DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | list[str] | None = None,
+        streamer: Any = None,
+    ) -> str | list[str]:
+        """Plain generation with full attention; the new text only.
+
+        prompt: a string (encoded as the tokenizer does, no chat template) or token ids;
+        a list of prompts gives a list. streamer: put/end object or a callable taking
+        text. ValueError, TooLongError (prompt and new tokens exceed w_max).
+        """
+        if self.tokenizer is None:
+            raise ValueError("generate: the model has no tokenizer; use generate_ids")
+        sampling = Sampling(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop
+        )
+        if is_batch(prompt):
+            return [
+                Stream(self._generation(one, sampling, streamer)).finish().text
+                for one in prompt
+            ]
+        return Stream(self._generation(prompt, sampling, streamer)).finish().text
+
+    def generate_ids(self, prompt: str | Ids, **sampling: Any) -> np.ndarray:
+        """As `generate` for one prompt, but the new token ids: int32 [new tokens]."""
+        streamer = sampling.pop("streamer", None)
+        pieces = self._generation(prompt, Sampling(**sampling), streamer)
+        return np.array(Stream(pieces).finish().ids, dtype=np.int32)
+
+    def stream(self, prompt: str | Ids, **sampling: Any) -> Stream:
+        """As `generate` for one prompt, as an iterator over text pieces."""
+        streamer = sampling.pop("streamer", None)
+        return Stream(self._generation(prompt, Sampling(**sampling), streamer))
+
+    # ------------------------------------------------------------------------ long text
+
+    def build(
+        self,
+        text_or_ids: str | Ids,
+        interval: int | str = "auto",
+        window: int = 4096,
+        stride: int = 2048,
+        carry: int = 0,
+        proxy: str = "pooled",
+        progress: bool | Callable[[int, int], None] = True,
+        eta: int = 4096,
+        reserve: int | None = None,
+        frame: Frame | bool | None = None,
+    ) -> Cache:
+        """Reads a text once into a frozen bi-layer cache that answers many questions.
+
+        interval: l, or "auto" for the least of 8 ... 128 that fits. window, stride: L2
+        tokens of the first and of later windows. carry: L2 tokens of the window before
+        that stay attendable. proxy: "pooled" (no training) or "trained" (L1 tokens).
+        eta, reserve: room planned for refilling, and for question and answer (None =
+        the smaller of 4096 and w_max/8). frame: None = the tokenizer's chat frame for a
+        text and none for ids; False = none; or a `Frame`. progress: a tqdm bar (silent
+        off a terminal), or a callable (tokens done, tokens in all). Ctrl-C takes effect
+        between windows and leaves nothing behind. ValueError, TypeError, TooLongError
+        (names an interval that would fit), MemoryError.
+        """
+        from acre.cache import Cache
+
+        return Cache.build(
+            self, text_or_ids, interval=interval, window=window, stride=stride,
+            carry=carry, proxy=proxy, progress=progress, eta=eta, reserve=reserve,
+            frame=frame,
+        )  # fmt: skip
+
+
+def _bf16_bits(name: str, array: Any) -> tuple[str, Any, str | None]:
+    """(name, array, dtype) as bind takes it: bf16 in NumPy's clothes becomes its
+    bits."""
+    kind = str(getattr(array, "dtype", ""))
+    if isinstance(array, np.ndarray) and kind in ("uint16", "bfloat16"):
+        return name, array.view(np.uint16), "bf16"
+    return name, array, None
+
+
+def new_token_limit(wanted: int, used: int, room: int, what: str, cap: str) -> int:
+    """How many new tokens to make: `wanted`, where the default yields to what is left.
+
+    TooLongError with the numbers when nothing is left or an explicit wish does not fit.
+    """
+    if room < 1 or (room < wanted and wanted != generate.DEFAULT_NEW_TOKENS):
+        raise _core.TooLongError(
+            f"{what}: {used} tokens and {wanted} new ones need {used + wanted} of the "
+            f"{used + room} positions of {cap}; {max(room, 0)} new ones are left"
+        )
+    return min(wanted, room)
+
+
+def elapsed_ms(start: float, end: float | None = None) -> float:
+    """Milliseconds since (or between) perf_counter readings."""
+    return ((time.perf_counter() if end is None else end) - start) * 1e3

@@ -1,0 +1,238 @@
+"""Is the evidence among the refilled groups? Recall and exact match of known evidence.
+
+    ACRE_DATA=... python benchmarks/retrieval.py needle kv nq [--lengths 8192 32768 131072]
+
+Takes probes (benchmarks/probes.py): one text with many questions whose evidence is known.
+Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over passages of the
+same budget), the share of questions all of whose evidence groups were refilled ("recall"),
+and with --answer the share answered exactly. One cache is built per text and every question
+is asked of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import probes
+from bench_cpu import commit, smollm2
+
+import acre
+from acre import _core
+from acre.chat import Frame
+
+
+@dataclass
+class Asked:
+    """A question ready to be asked: its ids, its own tokens' range, its evidence groups."""
+
+    ids: np.ndarray
+    first: int
+    last: int
+    groups: np.ndarray
+    answers: tuple[str, ...]
+    text: str
+
+
+@dataclass
+class Bench:
+    """A probe built into a cache."""
+
+    model: acre.Model
+    cache: _core.Cache
+    asked: list[Asked]
+    offsets: np.ndarray
+    prefix: int
+    text: str
+    build_s: float
+
+    @property
+    def interval(self) -> int:
+        return self.cache.plan["interval"]
+
+    @property
+    def m(self) -> int:
+        return self.cache.plan["m"]
+
+
+def groups_of(offsets: np.ndarray, prefix: int, interval: int, start: int, end: int) -> np.ndarray:
+    """Groups whose tokens overlap the characters [start, end)."""
+    tokens = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end)) + prefix
+    return np.unique(tokens // interval)
+
+
+def build(model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0) -> Bench:
+    """Reads the probe's text. Questions whose evidence is among the recent entries, which
+    every question sees anyway, are left out of the count."""
+    frame = Frame(model.tokenizer)
+    body, offsets = model.tokenizer.encode_offsets(probe.text)
+    prefix = np.asarray(frame.prefix_ids, dtype=np.int32)
+    start = time.perf_counter()
+    builder = _core.Builder(
+        model.core, np.concatenate([prefix, body]), proxy=proxy, interval=interval, eta=2048
+    )
+    done, total = 0, 1
+    while done < total:
+        done, total = builder.step()
+    cache = builder.freeze()
+    seconds = time.perf_counter() - start
+    interval, m, asked = cache.plan["interval"], cache.plan["m"], []
+    for question in probe.questions:
+        ids, first, last = frame.question_ids(question.text)
+        groups = groups_of(offsets, len(prefix), interval, question.start, question.end)
+        if len(groups) and groups[-1] < m:
+            asked.append(Asked(ids, first, last, groups, question.answers, question.text))
+    return Bench(model, cache, asked, offsets, len(prefix), probe.text, seconds)
+
+
+# ------------------------------------------------------------------- ways of choosing
+
+
+def by_scores(bench: Bench, heads: np.ndarray | None, rotated: bool) -> list[np.ndarray]:
+    """Scores [m] of every question."""
+    out = []
+    for asked in bench.asked:
+        session = _core.Session(bench.model.core, bench.cache, capacity=len(asked.ids))
+        out.append(
+            session.score(asked.ids, asked.first, asked.last, rotated=rotated, heads=heads)
+        )
+    return out
+
+
+def at_random(bench: Bench, seed: int = 0) -> list[np.ndarray]:
+    """Random scores: groups drawn without replacement."""
+    rng = np.random.default_rng(seed)
+    return [rng.random(bench.m).astype(np.float32) for _ in bench.asked]
+
+
+def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
+    """BM25 over passages of `passage_groups` groups, the passages' scores on their groups."""
+    from rank_bm25 import BM25Okapi
+
+    def words(text: str) -> list[str]:
+        return "".join(c.lower() if c.isalnum() else " " for c in text).split()
+
+    size = bench.interval * passage_groups
+    corpus = []
+    for start in range(0, bench.m * bench.interval, size):
+        tokens = np.clip(np.array([start, start + size]) - bench.prefix, 0, len(bench.offsets))
+        part = bench.offsets[tokens[0] : tokens[1]]
+        corpus.append(words(bench.text[part[0, 0] : part[-1, 1]]) if len(part) else [])
+    index = BM25Okapi(corpus)
+    return [
+        np.repeat(index.get_scores(words(asked.text)), passage_groups)[: bench.m].astype(
+            np.float32
+        )
+        for asked in bench.asked
+    ]
+
+
+# ------------------------------------------------------------------------- measuring
+
+
+def recall(bench: Bench, scores: list[np.ndarray], eta: int) -> float:
+    """Share of questions all of whose evidence groups are among the k best."""
+    k = bench.cache.refill_count(eta)
+    hits = 0
+    for asked, row in zip(bench.asked, scores, strict=True):
+        hits += bool(np.isin(asked.groups, _core.select_groups(row, k)).all())
+    return hits / max(len(bench.asked), 1)
+
+
+def exact_match(
+    bench: Bench, scores: list[np.ndarray], eta: int, new_tokens: int = 16, limit: int = 50
+) -> float:
+    """Share of questions whose greedy answer contains an accepted answer."""
+    k, hits, stop = bench.cache.refill_count(eta), 0, set(bench.model.eos_ids)
+    pairs = list(zip(bench.asked, scores, strict=True))[:limit]
+    for asked, row in pairs:
+        session = _core.Session(
+            bench.model.core, bench.cache, capacity=len(asked.ids) + new_tokens
+        )
+        session.refill(_core.select_groups(row, k))
+        session.prefill(asked.ids)
+        ids = []
+        while len(ids) < new_tokens and not (ids and ids[-1] in stop):
+            ids.append(session.next())
+        answer = bench.model.tokenizer.decode(ids).lower()
+        hits += any(accepted.lower() in answer for accepted in asked.answers)
+    return hits / max(len(pairs), 1)
+
+
+def make_probe(name: str, model: acre.Model, tokens: int, split: str, seed: int) -> probes.Probe:
+    """A probe by name."""
+
+    def count(text: str) -> int:
+        return len(model.tokenizer.encode(text))
+
+    if name == "needle":
+        return probes.needles(probes.book_text(split), tokens, count, seed=seed)
+    if name == "kv":
+        return probes.key_values(tokens, count, seed=seed)
+    return probes.passages(split, seed=seed)
+
+
+def measure(bench: Bench, name: str, options: argparse.Namespace) -> list[dict]:
+    """Rows of one built probe."""
+    proxy = bench.cache.proxy
+    scoring = bench.model.scoring
+    ways = {f"{proxy}": by_scores(bench, scoring.heads, scoring.rotated)}
+    if scoring.heads is not None:
+        ways[f"{proxy}, last layer"] = by_scores(bench, None, True)
+    if proxy == "pooled":
+        ways["random"] = at_random(bench)
+        if name == "nq":
+            ways["bm25"] = by_bm25(bench)
+    out = []
+    for way, scores in ways.items():
+        for eta in options.eta:
+            row = {
+                "probe": name,
+                "tokens": bench.cache.plan["n"],
+                "interval": bench.interval,
+                "way": way,
+                "eta": eta,
+                "questions": len(bench.asked),
+                "recall": round(recall(bench, scores, eta), 3),
+            }
+            if options.answer and name != "nq" and "last" not in way:
+                row["exact"] = round(exact_match(bench, scores, eta), 3)
+            out.append(row)
+            print(json.dumps(row), flush=True)
+    return out
+
+
+def main() -> None:
+    """Builds every probe with every proxy and prints a row per way and eta."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("probes", nargs="+", choices=["needle", "kv", "nq"])
+    parser.add_argument("--model", type=pathlib.Path)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--proxies", nargs="*", default=["pooled", "trained"])
+    parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024, 2048])
+    parser.add_argument("--split", default="dev", choices=["dev", "train"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--answer", action="store_true", help="exact match too (slower)")
+    parser.add_argument("--json", type=pathlib.Path, help="append the rows to this file")
+    options = parser.parse_args()
+    if probes.data_dir() is None:
+        sys.exit("set ACRE_DATA to the folder with books.dev.jsonl.xz and the others")
+    model = acre.Model.from_pretrained(options.model or smollm2())
+    rows = []
+    for name in options.probes:
+        for tokens in options.lengths if name != "nq" else [0]:
+            probe = make_probe(name, model, tokens, options.split, options.seed)
+            for proxy in options.proxies:
+                rows += measure(build(model, probe, proxy), name, options)
+    if options.json:
+        with options.json.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps({"commit": commit(), **row}) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
