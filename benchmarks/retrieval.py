@@ -1,11 +1,16 @@
 """Is the evidence among the refilled groups? Recall and exact match of known evidence.
 
-    ACRE_DATA=... python benchmarks/retrieval.py needle kv nq [--lengths 8192 32768 131072]
+    ACRE_DATA=... python benchmarks/retrieval.py needle kv nq [--lengths 8192 32768
+    131072]
 
-Takes probes (benchmarks/probes.py): one text with many questions whose evidence is known.
-Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over passages of the
-same budget), the share of questions all of whose evidence groups were refilled ("recall"),
-and with --answer the share answered exactly. One cache is built per text and every question
+Takes probes (benchmarks/probes.py): one text with many questions whose evidence is
+known.
+Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over passages of
+the
+same budget), the share of questions all of whose evidence groups were refilled
+("recall"),
+and with --answer the share answered exactly. One cache is built per text and every
+question
 is asked of it.
 """
 
@@ -29,7 +34,8 @@ from acre.chat import Frame
 
 @dataclass
 class Asked:
-    """A question ready to be asked: its ids, its own tokens' range, its evidence groups."""
+    """A question ready to be asked: its ids, its own tokens' range, its evidence
+    groups."""
 
     ids: np.ndarray
     first: int
@@ -50,6 +56,7 @@ class Bench:
     prefix: int
     text: str
     build_s: float
+    passages: bool  # the evidence is a whole passage, found group by group
 
     @property
     def interval(self) -> int:
@@ -60,21 +67,30 @@ class Bench:
         return self.cache.plan["m"]
 
 
-def groups_of(offsets: np.ndarray, prefix: int, interval: int, start: int, end: int) -> np.ndarray:
+def groups_of(
+    offsets: np.ndarray, prefix: int, interval: int, start: int, end: int
+) -> np.ndarray:
     """Groups whose tokens overlap the characters [start, end)."""
     tokens = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end)) + prefix
     return np.unique(tokens // interval)
 
 
-def build(model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0) -> Bench:
-    """Reads the probe's text. Questions whose evidence is among the recent entries, which
+def build(
+    model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0
+) -> Bench:
+    """Reads the probe's text. Questions whose evidence is among the recent entries,
+    which
     every question sees anyway, are left out of the count."""
     frame = Frame(model.tokenizer)
     body, offsets = model.tokenizer.encode_offsets(probe.text)
     prefix = np.asarray(frame.prefix_ids, dtype=np.int32)
     start = time.perf_counter()
     builder = _core.Builder(
-        model.core, np.concatenate([prefix, body]), proxy=proxy, interval=interval, eta=2048
+        model.core,
+        np.concatenate([prefix, body]),
+        proxy=proxy,
+        interval=interval,
+        eta=2048,
     )
     done, total = 0, 1
     while done < total:
@@ -86,20 +102,27 @@ def build(model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0)
         ids, first, last = frame.question_ids(question.text)
         groups = groups_of(offsets, len(prefix), interval, question.start, question.end)
         if len(groups) and groups[-1] < m:
-            asked.append(Asked(ids, first, last, groups, question.answers, question.text))
-    return Bench(model, cache, asked, offsets, len(prefix), probe.text, seconds)
+            asked.append(
+                Asked(ids, first, last, groups, question.answers, question.text)
+            )
+    whole = probe.name == "nq"
+    return Bench(model, cache, asked, offsets, len(prefix), probe.text, seconds, whole)
 
 
 # ------------------------------------------------------------------- ways of choosing
 
 
-def by_scores(bench: Bench, heads: np.ndarray | None, rotated: bool) -> list[np.ndarray]:
+def by_scores(
+    bench: Bench, heads: np.ndarray | None, rotated: bool
+) -> list[np.ndarray]:
     """Scores [m] of every question."""
     out = []
     for asked in bench.asked:
         session = _core.Session(bench.model.core, bench.cache, capacity=len(asked.ids))
         out.append(
-            session.score(asked.ids, asked.first, asked.last, rotated=rotated, heads=heads)
+            session.score(
+                asked.ids, asked.first, asked.last, rotated=rotated, heads=heads
+            )
         )
     return out
 
@@ -111,7 +134,8 @@ def at_random(bench: Bench, seed: int = 0) -> list[np.ndarray]:
 
 
 def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
-    """BM25 over passages of `passage_groups` groups, the passages' scores on their groups."""
+    """BM25 over passages of `passage_groups` groups, the passages' scores on their
+    groups."""
     from rank_bm25 import BM25Okapi
 
     def words(text: str) -> list[str]:
@@ -120,14 +144,16 @@ def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
     size = bench.interval * passage_groups
     corpus = []
     for start in range(0, bench.m * bench.interval, size):
-        tokens = np.clip(np.array([start, start + size]) - bench.prefix, 0, len(bench.offsets))
+        tokens = np.clip(
+            np.array([start, start + size]) - bench.prefix, 0, len(bench.offsets)
+        )
         part = bench.offsets[tokens[0] : tokens[1]]
         corpus.append(words(bench.text[part[0, 0] : part[-1, 1]]) if len(part) else [])
     index = BM25Okapi(corpus)
     return [
-        np.repeat(index.get_scores(words(asked.text)), passage_groups)[: bench.m].astype(
-            np.float32
-        )
+        np.repeat(index.get_scores(words(asked.text)), passage_groups)[
+            : bench.m
+        ].astype(np.float32)
         for asked in bench.asked
     ]
 
@@ -136,16 +162,24 @@ def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
 
 
 def recall(bench: Bench, scores: list[np.ndarray], eta: int) -> float:
-    """Share of questions all of whose evidence groups are among the k best."""
+    """Mean share of the evidence found among the k best groups: all or nothing for a
+    fact, group by group for a passage."""
     k = bench.cache.refill_count(eta)
-    hits = 0
-    for asked, row in zip(bench.asked, scores, strict=True):
-        hits += bool(np.isin(asked.groups, _core.select_groups(row, k)).all())
-    return hits / max(len(bench.asked), 1)
+    found = [
+        np.isin(asked.groups, _core.select_groups(row, k))
+        for asked, row in zip(bench.asked, scores, strict=True)
+    ]
+    if not found:
+        return float("nan")
+    return float(np.mean([f.mean() if bench.passages else f.all() for f in found]))
 
 
 def exact_match(
-    bench: Bench, scores: list[np.ndarray], eta: int, new_tokens: int = 16, limit: int = 50
+    bench: Bench,
+    scores: list[np.ndarray],
+    eta: int,
+    new_tokens: int = 16,
+    limit: int = 50,
 ) -> float:
     """Share of questions whose greedy answer contains an accepted answer."""
     k, hits, stop = bench.cache.refill_count(eta), 0, set(bench.model.eos_ids)
@@ -164,7 +198,9 @@ def exact_match(
     return hits / max(len(pairs), 1)
 
 
-def make_probe(name: str, model: acre.Model, tokens: int, split: str, seed: int) -> probes.Probe:
+def make_probe(
+    name: str, model: acre.Model, tokens: int, split: str, seed: int
+) -> probes.Probe:
     """A probe by name."""
 
     def count(text: str) -> int:
@@ -217,8 +253,12 @@ def main() -> None:
     parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024, 2048])
     parser.add_argument("--split", default="dev", choices=["dev", "train"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--answer", action="store_true", help="exact match too (slower)")
-    parser.add_argument("--json", type=pathlib.Path, help="append the rows to this file")
+    parser.add_argument(
+        "--answer", action="store_true", help="exact match too (slower)"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="append the rows to this file"
+    )
     options = parser.parse_args()
     if probes.data_dir() is None:
         sys.exit("set ACRE_DATA to the folder with books.dev.jsonl.xz and the others")
@@ -231,7 +271,9 @@ def main() -> None:
                 rows += measure(build(model, probe, proxy), name, options)
     if options.json:
         with options.json.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps({"commit": commit(), **row}) + "\n" for row in rows)
+            out.writelines(
+                json.dumps({"commit": commit(), **row}) + "\n" for row in rows
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     ACRE_DATA=... python benchmarks/scoring_heads.py --out acre/scoring.json
 
-Takes probes made of the *train* split; scores every question with each head alone; chooses
-the set of heads (greedily, by mean recall over the probes) that `Model.scoring` then uses.
+Takes probes made of the *train* split; scores every question with each head alone;
+chooses
+the set of heads (greedily, by mean recall over the probes) that `Model.scoring` then
+uses.
 The dev split is left for measuring the choice.
 """
 
@@ -22,7 +24,8 @@ from acre import _core
 
 
 def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
-    """float32 [questions, L, h, m]: each head's own softmax summed over the question."""
+    """float32 [questions, L, h, m]: each head's own softmax summed over the
+    question."""
     config = bench.model.config
     L, h = config["layers"], config["heads"]
     out = np.empty((len(bench.asked), L, h, bench.m), dtype=np.float32)
@@ -30,7 +33,9 @@ def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
         for head in range(h):
             mask = np.zeros((L, h), dtype=np.uint8)
             mask[:, head] = 1
-            session = _core.Session(bench.model.core, bench.cache, capacity=len(asked.ids))
+            session = _core.Session(
+                bench.model.core, bench.cache, capacity=len(asked.ids)
+            )
             out[i, :, head] = session.score(
                 asked.ids, asked.first, asked.last, select="per_layer", rotated=rotated,
                 heads=mask,
@@ -41,7 +46,8 @@ def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
 def choose(
     benches: list[Bench], scores: list[np.ndarray], eta: int, most: int
 ) -> list[tuple[list, float]]:
-    """Greedy: adds the head that raises mean recall most; (heads, recall) after each."""
+    """Greedy: adds the head that raises mean recall most; (heads, recall) after
+    each."""
     L, h = scores[0].shape[1:3]
 
     def mean_recall(sums: list[np.ndarray]) -> float:
@@ -49,7 +55,10 @@ def choose(
         return float(np.mean([recall(bench, list(s), eta) for bench, s in rows]))
 
     single = np.array(
-        [[mean_recall([s[:, i, j] for s in scores]) for j in range(h)] for i in range(L)]
+        [
+            [mean_recall([s[:, i, j] for s in scores]) for j in range(h)]
+            for i in range(L)
+        ]
     )
     pool = [divmod(int(at), h) for at in np.argsort(-single, axis=None)[:32]]
     sums = [np.zeros_like(s[:, 0, 0]) for s in scores]
@@ -95,7 +104,9 @@ def main() -> None:
                 recall(b, list(sum(s[:, i, j] for i, j in heads)), options.eta)
                 for b, s in zip(benches, scores, strict=True)
             ]
-            print(f"  {len(heads)} heads: mean {value:.3f} {each} {heads[-1]}", flush=True)
+            print(
+                f"  {len(heads)} heads: mean {value:.3f} {each} {heads[-1]}", flush=True
+            )
             if value > best[1]:
                 best = (heads, value, rotated)
     print("chosen:", best)

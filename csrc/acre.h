@@ -134,32 +134,32 @@ typedef enum acre_rope_kind {
  * once, for a sequence of w_max positions: within original_positions it is the default. */
 typedef struct acre_rope_config {
   acre_rope_kind kind;
-  double theta;              /* base, > 0 */
-  double factor;             /* >= 1; all kinds but default */
-  int64_t original_positions;/* dynamic, llama3, yarn: length of pre-training */
-  double low_freq_factor;    /* llama3 */
-  double high_freq_factor;   /* llama3 */
-  double beta_fast;          /* yarn, default 32 */
-  double beta_slow;          /* yarn, default 1 */
-  double attention_factor;   /* yarn: multiplies cos and sin; <= 0: computed from factor */
-  bool truncate;             /* yarn: round the correction range to whole dimensions */
+  double theta;               /* base, > 0 */
+  double factor;              /* >= 1; all kinds but default */
+  int64_t original_positions; /* dynamic, llama3, yarn: length of pre-training */
+  double low_freq_factor;     /* llama3 */
+  double high_freq_factor;    /* llama3 */
+  double beta_fast;           /* yarn, default 32 */
+  double beta_slow;           /* yarn, default 1 */
+  double attention_factor;    /* yarn: multiplies cos and sin; <= 0: computed from factor */
+  bool truncate;              /* yarn: round the correction range to whole dimensions */
 } acre_rope_config;
 
 typedef struct acre_model_config {
   size_t struct_size;
   int64_t vocab_size; /* L1 tokens carry the id vocab_size */
   int64_t hidden;
-  int64_t layers;     /* L */
-  int64_t heads;      /* h */
-  int64_t kv_heads;   /* g, divides h */
-  int64_t head_dim;   /* d, even, <= 512 */
+  int64_t layers;   /* L */
+  int64_t heads;    /* h */
+  int64_t kv_heads; /* g, divides h */
+  int64_t head_dim; /* d, even, <= 512 */
   int64_t ffn;
-  int64_t w_max;      /* usable positions */
+  int64_t w_max; /* usable positions */
   double rms_eps;
   acre_rope_config rope;
   bool tied_head;
-  acre_dtype dtype;   /* compute and cache dtype: ACRE_F32 or ACRE_BF16 */
-  int64_t eos_id;     /* source of the untrained L1 embedding row; -1 = row 0 */
+  acre_dtype dtype; /* compute and cache dtype: ACRE_F32 or ACRE_BF16 */
+  int64_t eos_id;   /* source of the untrained L1 embedding row; -1 = row 0 */
 } acre_model_config;
 
 ACRE_API acre_model_config acre_model_config_default(void);
@@ -267,11 +267,11 @@ ACRE_API int64_t acre_cache_pages(const acre_cache *cache);
  * blocks are retained; ids, L1 and recent blocks too, and read at first use. */
 typedef struct acre_cache_parts {
   size_t struct_size;
-  acre_build_options options;   /* resolved: interval > 0 */
-  const int32_t *ids;           /* [n], copied */
+  acre_build_options options; /* resolved: interval > 0 */
+  const int32_t *ids;         /* [n], copied */
   int64_t n;
-  acre_buffer *blocks[6];       /* by acre_part; NULL allowed where its rows are 0 */
-  size_t offsets[6];            /* byte offset of each tensor in its block */
+  acre_buffer *blocks[6]; /* by acre_part; NULL allowed where its rows are 0 */
+  size_t offsets[6];      /* byte offset of each tensor in its block */
 } acre_cache_parts;
 
 /* Rebuilds a frozen cache. Every size is checked against the model and the plan. */
@@ -286,9 +286,9 @@ typedef enum acre_select { ACRE_SELECT_SHARED = 0, ACRE_SELECT_PER_LAYER } acre_
 
 typedef struct acre_score_options {
   size_t struct_size;
-  acre_select select;    /* shared: one row of scores; per_layer: one row per layer */
-  bool rotated;          /* score with rotated queries and keys; default true */
-  const uint8_t *heads;  /* [L, h], nonzero = counts; NULL = shared: the last layer's
+  acre_select select;   /* shared: one row of scores; per_layer: one row per layer */
+  bool rotated;         /* score with rotated queries and keys; default true */
+  const uint8_t *heads; /* [L, h], nonzero = counts; NULL = shared: the last layer's
                             heads, per_layer: every layer's. Per layer with no head set:
                             all its heads. Shared with none set: refused */
 } acre_score_options;

@@ -68,7 +68,7 @@ typedef struct acre_backend_ops {
   /* ---- weights. A matrix starts zeroed; fill converts and packs rows [row, row + count)
    * of N from a host array [count, K]. *finite = false where a NaN or infinity came (in T:
    * a float32 above the bf16 range rounds to infinity and counts). Rows already filled are
-   * overwritten. matrix_row_copy copies row `from` of `a` to row `to` of `b` (same K). */
+   * overwritten. */
   acre_status (*matrix_create)(acre_backend *, acre_matrix **out, int64_t N, int64_t K,
                                acre_dtype dtype, acre_error *);
   void (*matrix_release)(acre_matrix *);
@@ -130,18 +130,18 @@ typedef struct acre_backend_ops {
 
   /* dst[j] = mean over the l rows of `rows`, all [.., width] of T, mean in float32, in row
    * order. sources: host array of count * l row pointers (host or device memory). */
-  void (*pool)(acre_queue *, void *dst, const void *const *sources, int64_t count, int64_t l,
-               int64_t width, acre_dtype);
+  void (*pool)(acre_queue *, void *dst, const void *const *sources, int64_t count,
+               int64_t l, int64_t width, acre_dtype);
 
   /* ---- attention. q and out: [rows, h, d] float32 with row strides; q already rotated.
    * Query row i sees all of `prefix` (nullable) and keys [0, seen + i] of `own`, where
    * own->count >= seen + rows. Head c uses KV head c / (h/g). Logits q.k / sqrt(d) + bias;
    * softmax in float32 over everything seen. `own` may be any count beyond what is seen.
-   * On the CPU a row's result does not depend on the other rows, except that rows == 1 may
-   * sum in another order. */
+   * A row's result does not depend on the other rows; with `split` a single row may share
+   * its keys out to many workers and sum in another order. */
   void (*attend)(acre_queue *, float *out, int64_t out_stride, const float *q,
                  int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                 int64_t seen, int64_t rows, const acre_heads *);
+                 int64_t seen, int64_t rows, bool split, const acre_heads *);
 
   /* scores[j] += sum over t query rows and the heads with use[head] != 0 of
    * softmax over j of (q.k_j / sqrt(d)). q [t, h, d] float32 (row stride q_stride), keys
@@ -149,14 +149,11 @@ typedef struct acre_backend_ops {
   void (*score)(acre_queue *, float *scores, const float *q, int64_t q_stride,
                 const void *keys, const uint8_t *use, int64_t t, int64_t m,
                 const acre_heads *);
-
-  /* groups[0..k): the k best of m scores, ties to the lower index, ascending. On device. */
-  void (*topk)(acre_queue *, int32_t *groups, const float *scores, int64_t m, int64_t k);
 } acre_backend_ops;
 
 struct acre_backend {
   const acre_backend_ops *ops;
-  const char *isa;      /* what the tables were filled with, for people */
+  const char *isa; /* what the tables were filled with, for people */
   int32_t threads;
   int64_t rows_max;     /* rows per forward pass that keep the device busy */
   acre_account account; /* bytes held and their peak */

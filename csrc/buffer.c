@@ -1,7 +1,7 @@
 /* Reference-counted bytes, and the account of what an engine holds.
  *
- * A buffer never knows where its bytes came from: whoever made them says how to free them.
- * The last release frees, on whichever thread it happens. */
+ * A buffer never knows where its bytes came from: whoever made them says how to free
+ * them. The last release frees, on whichever thread it happens. */
 #include "buffer.h"
 
 #include "platform.h"
@@ -52,8 +52,7 @@ void acre_account_add(acre_account *account, size_t bytes) {
   size_t held = __atomic_add_fetch(&account->held, bytes, __ATOMIC_RELAXED);
   size_t peak = __atomic_load_n(&account->peak, __ATOMIC_RELAXED);
   while (held > peak && !__atomic_compare_exchange_n(&account->peak, &peak, held, true,
-                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
 void acre_account_remove(acre_account *account, size_t bytes) {

@@ -19,14 +19,14 @@ struct acre_builder {
   acre_nested nested;
   acre_workspace ws;
   acre_timeline resident;
-  int64_t read;        /* tokens read */
-  int64_t window_start;/* first token of the open window */
-  int64_t m;           /* L1 entries so far */
-  int64_t middle;      /* L2 entries between L1 and the open window */
-  int32_t *nested_ids; /* [ws.rows] */
-  acre_span *spans;    /* enough for any one move */
-  const void **pool;   /* [groups of a window * l] row pointers; pooled proxies only */
-  acre_buffer *staging;/* [groups of a window] rows; trained proxies only */
+  int64_t read;         /* tokens read */
+  int64_t window_start; /* first token of the open window */
+  int64_t m;            /* L1 entries so far */
+  int64_t middle;       /* L2 entries between L1 and the open window */
+  int32_t *nested_ids;  /* [ws.rows] */
+  acre_span *spans;     /* enough for any one move */
+  const void **pool;    /* [groups of a window * l] row pointers; pooled proxies only */
+  acre_buffer *staging; /* [groups of a window] rows; trained proxies only */
   bool spent;
 };
 
@@ -44,9 +44,9 @@ static acre_status leave(acre_builder *b, acre_status status) {
 
 static void copy_rows(acre_builder *b, int which, int64_t layer, int64_t dst_row,
                       const acre_span *spans, int64_t count) {
-  b->model->backend->ops->copy_rows(
-      b->ws.queue, acre_timeline_at(&b->resident, which, layer, dst_row), spans, count,
-      b->resident.row_bytes);
+  b->model->backend->ops->copy_rows(b->ws.queue,
+                                    acre_timeline_at(&b->resident, which, layer, dst_row),
+                                    spans, count, b->resident.row_bytes);
 }
 
 static void rotate(acre_builder *b, acre_timeline *timeline, int64_t layer, int64_t first,
@@ -143,9 +143,9 @@ static void pool_groups(acre_builder *b, int64_t layer, int which, int64_t group
       b->pool[i++] = at;
     }
   }
-  b->model->backend->ops->pool(b->ws.queue, acre_timeline_at(&b->resident, which, layer, b->m),
-                               b->pool, groups, b->nested.interval,
-                               c->kv_heads * c->head_dim, c->dtype);
+  b->model->backend->ops->pool(
+      b->ws.queue, acre_timeline_at(&b->resident, which, layer, b->m), b->pool, groups,
+      b->nested.interval, c->kv_heads * c->head_dim, c->dtype);
 }
 
 static acre_status close_window(acre_builder *b, acre_error *error) {
@@ -188,8 +188,8 @@ static bool window_full(const acre_builder *b) {
 /* To the end of the open window or of the text. A failure leaves a window that the next call
  * goes on with. */
 static acre_status read_window(acre_builder *b, acre_error *error) {
-  int64_t end = acre_min(acre_nested_window_end(&b->nested, b->window_start),
-                         b->cache->plan.n);
+  int64_t end =
+      acre_min(acre_nested_window_end(&b->nested, b->window_start), b->cache->plan.n);
   while (b->read < end) {
     int64_t taken = tokens_that_fit(b, end);
     acre_nested_fill(&b->nested, b->nested_ids, b->cache->ids + b->read, b->read,
@@ -209,9 +209,9 @@ static acre_status read_window(acre_builder *b, acre_error *error) {
 acre_status acre_builder_step(acre_builder *b, int64_t *done, int64_t *total,
                               acre_error *error) {
   ACRE_TRY(enter(b, error));
-  acre_status status =
-      b->spent ? acre_fail(error, ACRE_BAD_STATE, "builder: already frozen")
-               : read_window(b, error);
+  acre_status status = b->spent
+                           ? acre_fail(error, ACRE_BAD_STATE, "builder: already frozen")
+                           : read_window(b, error);
   if (done) *done = b->read;
   if (total) *total = b->cache->plan.n;
   return leave(b, status);
@@ -310,8 +310,8 @@ static acre_status open_scratch(acre_builder *b, acre_error *error) {
   acre_proxy proxy = b->cache->proxy;
   int64_t longest = acre_nested_longest(&b->nested, plan->n);
   int64_t groups = longest / plan->interval + 2;
-  ACRE_TRY(acre_workspace_open(&b->ws, b->model, acre_plan_rows(plan, proxy, b->model),
-                               error));
+  ACRE_TRY(
+      acre_workspace_open(&b->ws, b->model, acre_plan_rows(plan, proxy, b->model), error));
   ACRE_TRY(acre_timeline_open(&b->resident, b->model, acre_plan_capacity(plan, proxy), true,
                               proxy == ACRE_PROXY_POOLED, error));
   if (b->nested.l1_tokens) {
@@ -396,7 +396,8 @@ acre_status acre_builder_open(acre_builder **out, acre_model *model,
   ACRE_TAKE_OPTIONS(options, acre_build_options_default(), given);
   *out = NULL;
   if (!model->ready) return acre_fail(error, ACRE_BAD_STATE, "model: not ready");
-  if (n < 1) return acre_fail(error, ACRE_BAD_VALUE, "ids: empty, expected a token or more");
+  if (n < 1)
+    return acre_fail(error, ACRE_BAD_VALUE, "ids: empty, expected a token or more");
   ACRE_TRY(check_ids(model, ids, n, error));
   if (from) {
     const acre_plan *p = &from->plan;

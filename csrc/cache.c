@@ -57,8 +57,8 @@ float acre_cache_bias(const acre_plan *plan, acre_proxy proxy) {
   return proxy == ACRE_PROXY_POOLED ? (float)log((double)plan->interval) : 0;
 }
 
-void acre_cache_fill_bias(const acre_model *model, acre_queue *queue, acre_timeline *timeline,
-                          int64_t m, float bias) {
+void acre_cache_fill_bias(const acre_model *model, acre_queue *queue,
+                          acre_timeline *timeline, int64_t m, float bias) {
   if (!timeline->bias) return;
   float block[256];
   for (int64_t i = 0; i < ACRE_COUNT(block); ++i) block[i] = bias;
@@ -92,8 +92,8 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
                      (int)part, (long long)layer, (long long)page, (long long)c->layers,
                      (long long)pages);
   }
-  bool values = part == ACRE_L1_VALUES || part == ACRE_L2_VALUES ||
-                part == ACRE_RECENT_VALUES;
+  bool values =
+      part == ACRE_L1_VALUES || part == ACRE_L2_VALUES || part == ACRE_RECENT_VALUES;
   int64_t width = c->kv_heads * c->head_dim;
   *view = (acre_array){.dtype = c->dtype,
                        .ndim = 3,
@@ -121,19 +121,18 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
 
 /* ---------------------------------------------------------------- restoring */
 
-static acre_status check_block(const acre_cache_parts *parts, const acre_plan *plan, int part,
-                               const acre_model *model, acre_error *error) {
+static acre_status check_block(const acre_cache_parts *parts, const acre_plan *plan,
+                               int part, const acre_model *model, acre_error *error) {
   static const char *const names[6] = {"l1_keys",   "l1_values",   "l2_keys",
                                        "l2_values", "recent_keys", "recent_values"};
   size_t unit = acre_dtype_size(model->config.dtype);
-  size_t need = (size_t)(part_rows(plan, part) * model->config.layers) *
-                acre_model_row_bytes(model);
+  size_t need =
+      (size_t)(part_rows(plan, part) * model->config.layers) * acre_model_row_bytes(model);
   if (need == 0) return ACRE_OK;
   const acre_buffer *block = parts->blocks[part];
   size_t offset = parts->offsets[part];
-  size_t have = block && acre_buffer_size(block) >= offset
-                    ? acre_buffer_size(block) - offset
-                    : 0;
+  size_t have =
+      block && acre_buffer_size(block) >= offset ? acre_buffer_size(block) - offset : 0;
   if (have < need || offset % unit) {
     return acre_fail(error, ACRE_BAD_SHAPE,
                      "%s: %zu bytes at offset %zu, expected %zu bytes at a multiple of %zu",
@@ -213,9 +212,8 @@ static acre_status fill_resident(acre_cache *cache, acre_error *error) {
   int64_t entries = plan->m + plan->recent;
   acre_queue *queue;
   ACRE_TRY(ops->queue_open(model->backend, &queue, error));
-  acre_status status =
-      acre_timeline_open(&cache->resident, model, entries, true,
-                         cache->proxy == ACRE_PROXY_POOLED, error);
+  acre_status status = acre_timeline_open(&cache->resident, model, entries, true,
+                                          cache->proxy == ACRE_PROXY_POOLED, error);
   if (status == ACRE_OK) {
     for (int64_t layer = 0; layer < model->config.layers; ++layer) {
       fill_layer(cache, queue, ACRE_RAW, layer);

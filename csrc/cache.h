@@ -22,9 +22,9 @@ struct acre_cache {
   int32_t *ids; /* [n] */
   acre_l2 l2;
   acre_timeline resident;
-  acre_mutex *once;            /* guards the first use of a restored cache */
+  acre_mutex *once; /* guards the first use of a restored cache */
   _Atomic bool resident_ready;
-  acre_buffer *stored[6];      /* a restored cache's blocks, by acre_part */
+  acre_buffer *stored[6]; /* a restored cache's blocks, by acre_part */
   size_t stored_offset[6];
 };
 
@@ -35,8 +35,8 @@ acre_status acre_cache_new(acre_cache **out, acre_model *model, const acre_plan 
 acre_status acre_cache_resident(const acre_timeline **out, const acre_cache *cache,
                                 acre_error *error);
 /* Sets the biases of a resident timeline whose first m entries are L1 entries. */
-void acre_cache_fill_bias(const acre_model *model, acre_queue *queue, acre_timeline *timeline,
-                          int64_t m, float bias);
+void acre_cache_fill_bias(const acre_model *model, acre_queue *queue,
+                          acre_timeline *timeline, int64_t m, float bias);
 float acre_cache_bias(const acre_plan *plan, acre_proxy proxy);
 
 #endif

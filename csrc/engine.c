@@ -24,8 +24,7 @@ acre_status acre_engine_open(acre_engine **out, const acre_engine_options *given
   int32_t threads = options.threads ? options.threads : acre_cpu_count();
   acre_engine *engine = acre_alloc_zero(sizeof *engine);
   if (!engine) return acre_fail(error, ACRE_NO_MEMORY, "engine: out of memory");
-  acre_status status =
-      acre_cpu_backend_open(&engine->backend, threads, options.isa, error);
+  acre_status status = acre_cpu_backend_open(&engine->backend, threads, options.isa, error);
   if (status != ACRE_OK) {
     acre_free(engine);
     return status;

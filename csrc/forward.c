@@ -48,9 +48,9 @@ acre_status acre_workspace_open(acre_workspace *workspace, const acre_model *mod
     return status;
   }
   layout sizes = workspace_layout(model, rows);
-  float **pointers[] = {&workspace->x,        &workspace->normed,    &workspace->qkv,
-                        &workspace->attended, &workspace->gate_up,   &workspace->hidden,
-                        &workspace->l1_normed, &workspace->l1_qkv,   &workspace->logits};
+  float **pointers[] = {&workspace->x,         &workspace->normed,  &workspace->qkv,
+                        &workspace->attended,  &workspace->gate_up, &workspace->hidden,
+                        &workspace->l1_normed, &workspace->l1_qkv,  &workspace->logits};
   char *at = acre_buffer_data(workspace->block);
   int index = 0;
   for (; index < ACRE_COUNT(pointers); ++index) {
@@ -156,10 +156,10 @@ static void attend(flow *f, int64_t layer, const acre_layer *weights) {
   acre_keys prefix = {0};
   if (pass->prefix) prefix = acre_timeline_keys(pass->prefix, layer, pass->prefix->count);
   f->ops->attend(ws->queue, ws->attended, width, ws->qkv, acre_model_qkv_width(f->model),
-                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows,
+                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows, pass->split,
                  &f->model->heads);
-  f->ops->matmul(ws->queue, ws->x, f->model->config.hidden, ws->attended, weights->out, NULL,
-                 pass->rows, true);
+  f->ops->matmul(ws->queue, ws->x, f->model->config.hidden, ws->attended, weights->out,
+                 NULL, pass->rows, true);
 }
 
 static void feed_forward(flow *f, const acre_layer *weights) {
@@ -168,13 +168,14 @@ static void feed_forward(flow *f, const acre_layer *weights) {
   int64_t rows = f->pass->rows;
   f->ops->rmsnorm(ws->queue, ws->normed, ws->x, floats(weights->attention_norm), c->rms_eps,
                   rows, c->hidden);
-  f->ops->matmul(ws->queue, ws->gate_up, 2 * c->ffn, ws->normed, weights->gate_up, NULL, rows,
-                 false);
+  f->ops->matmul(ws->queue, ws->gate_up, 2 * c->ffn, ws->normed, weights->gate_up, NULL,
+                 rows, false);
   f->ops->swiglu(ws->queue, ws->hidden, ws->gate_up, rows, c->ffn);
   f->ops->matmul(ws->queue, ws->x, c->hidden, ws->hidden, weights->down, NULL, rows, true);
 }
 
-void acre_forward(const acre_model *model, acre_workspace *workspace, const acre_pass *pass) {
+void acre_forward(const acre_model *model, acre_workspace *workspace,
+                  const acre_pass *pass) {
   flow f = {.model = model, .ops = model->backend->ops, .ws = workspace, .pass = pass};
   f.seen = pass->own->count;
   f.position = pass->first_position + f.seen;

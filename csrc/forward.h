@@ -35,17 +35,19 @@ typedef struct acre_probe {
 } acre_probe;
 
 typedef struct acre_pass {
-  const int32_t *ids;           /* host [rows] */
-  int64_t rows;                 /* 1 to the workspace's rows */
-  int64_t first_position;       /* of the timeline's entry 0 */
-  const acre_timeline *prefix;  /* nullable; wholly visible, its `count` entries */
-  acre_timeline *own;           /* rows are appended: own->count grows by rows */
-  int64_t layers;               /* run only so many; L for a hidden state */
-  bool keys_only;               /* stop after the last layer's keys, values and probe */
+  const int32_t *ids;          /* host [rows] */
+  int64_t rows;                /* 1 to the workspace's rows */
+  int64_t first_position;      /* of the timeline's entry 0 */
+  const acre_timeline *prefix; /* nullable; wholly visible, its `count` entries */
+  acre_timeline *own;          /* rows are appended: own->count grows by rows */
+  int64_t layers;              /* run only so many; L for a hidden state */
+  bool split;                  /* decoding: a lone row may be summed in another order */
+  bool keys_only;              /* stop after the last layer's keys, values and probe */
   acre_probe probe;
 } acre_pass;
 
-void acre_forward(const acre_model *model, acre_workspace *workspace, const acre_pass *pass);
+void acre_forward(const acre_model *model, acre_workspace *workspace,
+                  const acre_pass *pass);
 
 /* logits [rows, vocab_size] of workspace rows [first, first + rows), into device memory. */
 void acre_head(const acre_model *model, acre_workspace *workspace, float *logits,

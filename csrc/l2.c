@@ -47,13 +47,13 @@ acre_status acre_l2_add(acre_l2 *l2, acre_buffer *key_owner, size_t key_offset,
                         acre_buffer *value_owner, size_t value_offset, int64_t tokens,
                         acre_error *error) {
   ACRE_TRY(reserve(l2, l2->count + 1, error));
-  l2->pages[l2->count++] = (acre_l2_page){
-      .key_owner = key_owner,
-      .value_owner = value_owner,
-      .keys = (const char *)acre_buffer_data(key_owner) + key_offset,
-      .values = (const char *)acre_buffer_data(value_owner) + value_offset,
-      .first = l2->tokens,
-      .tokens = tokens};
+  l2->pages[l2->count++] =
+      (acre_l2_page){.key_owner = key_owner,
+                     .value_owner = value_owner,
+                     .keys = (const char *)acre_buffer_data(key_owner) + key_offset,
+                     .values = (const char *)acre_buffer_data(value_owner) + value_offset,
+                     .first = l2->tokens,
+                     .tokens = tokens};
   l2->tokens += tokens;
   return ACRE_OK;
 }

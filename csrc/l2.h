@@ -19,8 +19,8 @@ typedef struct acre_l2_page {
 typedef struct acre_l2 {
   acre_l2_page *pages;
   int64_t count, capacity;
-  int64_t tokens;    /* in all pages */
-  size_t row_bytes;  /* one token's keys in one layer */
+  int64_t tokens;   /* in all pages */
+  size_t row_bytes; /* one token's keys in one layer */
 } acre_l2;
 
 enum { ACRE_L2_KEY = 0, ACRE_L2_VALUE };

@@ -11,10 +11,8 @@
 /* ---------------------------------------------------------------- configuration */
 
 acre_model_config acre_model_config_default(void) {
-  acre_model_config config = {.struct_size = sizeof config,
-                              .rms_eps = 1e-5,
-                              .dtype = ACRE_BF16,
-                              .eos_id = -1};
+  acre_model_config config = {
+      .struct_size = sizeof config, .rms_eps = 1e-5, .dtype = ACRE_BF16, .eos_id = -1};
   config.rope = (acre_rope_config){.theta = 10000,
                                    .factor = 1,
                                    .low_freq_factor = 1,
@@ -28,8 +26,8 @@ acre_model_config acre_model_config_default(void) {
 static acre_status check_range(const char *name, int64_t value, int64_t low, int64_t high,
                                acre_error *error) {
   if (value >= low && value <= high) return ACRE_OK;
-  return acre_fail(error, ACRE_BAD_VALUE, "config %s: got %lld, expected %lld to %lld", name,
-                   (long long)value, (long long)low, (long long)high);
+  return acre_fail(error, ACRE_BAD_VALUE, "config %s: got %lld, expected %lld to %lld",
+                   name, (long long)value, (long long)low, (long long)high);
 }
 
 static acre_status check_config(const acre_model_config *c, acre_error *error) {
@@ -72,9 +70,9 @@ typedef enum place { PLACE_VECTOR, PLACE_MATRIX, PLACE_TABLE } place;
 typedef struct slot {
   const char *name;
   place place;
-  int64_t rows;     /* 0: one-dimensional */
+  int64_t rows; /* 0: one-dimensional */
   int64_t columns;
-  int64_t offset;   /* first row in a joint matrix, first element in a joint vector */
+  int64_t offset; /* first row in a joint matrix, first element in a joint vector */
   acre_matrix **matrix;
   int64_t matrix_rows;
   acre_buffer **vector;
@@ -82,24 +80,41 @@ typedef struct slot {
 } slot;
 
 enum {
-  INPUT_NORM, ATTENTION_NORM, Q, K, V, OUT, GATE, UP, DOWN,
-  Q_BIAS, K_BIAS, V_BIAS, L1_Q, L1_K, L1_V, L1_Q_BIAS, L1_K_BIAS, L1_V_BIAS, LAYER_SLOTS
+  INPUT_NORM,
+  ATTENTION_NORM,
+  Q,
+  K,
+  V,
+  OUT,
+  GATE,
+  UP,
+  DOWN,
+  Q_BIAS,
+  K_BIAS,
+  V_BIAS,
+  L1_Q,
+  L1_K,
+  L1_V,
+  L1_Q_BIAS,
+  L1_K_BIAS,
+  L1_V_BIAS,
+  LAYER_SLOTS
 };
 enum { EMBEDDING, NORM, HEAD, L1_EMBEDDING, MODEL_SLOTS };
 
 static const char *const layer_names[LAYER_SLOTS] = {
-    "input_layernorm.weight",        "post_attention_layernorm.weight",
-    "self_attn.q_proj.weight",       "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",       "self_attn.o_proj.weight",
-    "mlp.gate_proj.weight",          "mlp.up_proj.weight",
-    "mlp.down_proj.weight",          "self_attn.q_proj.bias",
-    "self_attn.k_proj.bias",         "self_attn.v_proj.bias",
-    "self_attn.acre_q_proj.weight",  "self_attn.acre_k_proj.weight",
-    "self_attn.acre_v_proj.weight",  "self_attn.acre_q_proj.bias",
-    "self_attn.acre_k_proj.bias",    "self_attn.acre_v_proj.bias"};
-static const char *const model_names[MODEL_SLOTS] = {
-    "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-    "model.acre_embed_tokens.weight"};
+    "input_layernorm.weight",       "post_attention_layernorm.weight",
+    "self_attn.q_proj.weight",      "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",      "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight",         "mlp.up_proj.weight",
+    "mlp.down_proj.weight",         "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",        "self_attn.v_proj.bias",
+    "self_attn.acre_q_proj.weight", "self_attn.acre_k_proj.weight",
+    "self_attn.acre_v_proj.weight", "self_attn.acre_q_proj.bias",
+    "self_attn.acre_k_proj.bias",   "self_attn.acre_v_proj.bias"};
+static const char *const model_names[MODEL_SLOTS] = {"model.embed_tokens.weight",
+                                                     "model.norm.weight", "lm_head.weight",
+                                                     "model.acre_embed_tokens.weight"};
 
 #define BIT(i) (1u << (i))
 #define REQUIRED (BIT(DOWN + 1) - 1) /* the norms and the base matrices */
@@ -113,12 +128,32 @@ static slot layer_slot(const acre_model *model, acre_layer *layer, int kind) {
   int64_t qkv_rows[3] = {q, kv, kv}, qkv_offset[3] = {0, q, q + kv};
   slot s = {.name = layer_names[kind], .place = PLACE_MATRIX, .columns = c->hidden};
   switch (kind) {
-    case INPUT_NORM: s.place = PLACE_VECTOR; s.vector = &layer->input_norm; break;
-    case ATTENTION_NORM: s.place = PLACE_VECTOR; s.vector = &layer->attention_norm; break;
-    case OUT: s.matrix = &layer->out; s.rows = c->hidden; s.columns = q; break;
-    case GATE: s.matrix = &layer->gate_up; s.rows = c->ffn; break;
-    case UP: s.matrix = &layer->gate_up; s.rows = s.offset = c->ffn; break;
-    case DOWN: s.matrix = &layer->down; s.rows = c->hidden; s.columns = c->ffn; break;
+    case INPUT_NORM:
+      s.place = PLACE_VECTOR;
+      s.vector = &layer->input_norm;
+      break;
+    case ATTENTION_NORM:
+      s.place = PLACE_VECTOR;
+      s.vector = &layer->attention_norm;
+      break;
+    case OUT:
+      s.matrix = &layer->out;
+      s.rows = c->hidden;
+      s.columns = q;
+      break;
+    case GATE:
+      s.matrix = &layer->gate_up;
+      s.rows = c->ffn;
+      break;
+    case UP:
+      s.matrix = &layer->gate_up;
+      s.rows = s.offset = c->ffn;
+      break;
+    case DOWN:
+      s.matrix = &layer->down;
+      s.rows = c->hidden;
+      s.columns = c->ffn;
+      break;
     default: {
       int part = kind <= V ? kind - Q : (kind - Q_BIAS) % 3;
       bool l1 = kind >= L1_Q;
@@ -133,7 +168,7 @@ static slot layer_slot(const acre_model *model, acre_layer *layer, int kind) {
       }
     }
   }
-  s.matrix_rows = s.matrix == &layer->gate_up ? 2 * c->ffn
+  s.matrix_rows = s.matrix == &layer->gate_up                             ? 2 * c->ffn
                   : s.matrix == &layer->qkv || s.matrix == &layer->l1_qkv ? q + 2 * kv
                                                                           : s.rows;
   s.vector_size = s.columns == c->hidden && !s.rows && kind < Q ? c->hidden : q + 2 * kv;
@@ -150,7 +185,10 @@ static slot model_slot(acre_model *model, int kind) {
       s.vector = &model->embedding;
       s.matrix = c->tied_head ? &model->head : NULL;
       break;
-    case NORM: s.place = PLACE_VECTOR; s.vector = &model->norm; break;
+    case NORM:
+      s.place = PLACE_VECTOR;
+      s.vector = &model->norm;
+      break;
     case HEAD:
       s.place = PLACE_MATRIX;
       s.rows = c->vocab_size;
@@ -180,8 +218,9 @@ static acre_status find_slot(slot *out, uint32_t **bound, uint32_t *bit, acre_mo
   int used = 0;
   if (sscanf(name, "model.layers.%9lld.%n", &index, &used) == 1 && used) {
     if (index < 0 || index >= model->config.layers) {
-      return acre_fail(error, ACRE_BAD_VALUE, "name: '%.100s', but the model has %lld layers",
-                       name, (long long)model->config.layers);
+      return acre_fail(error, ACRE_BAD_VALUE,
+                       "name: '%.100s', but the model has %lld layers", name,
+                       (long long)model->config.layers);
     }
     acre_layer *layer = &model->layers[index];
     for (int kind = 0; kind < LAYER_SLOTS; ++kind) {
@@ -192,8 +231,8 @@ static acre_status find_slot(slot *out, uint32_t **bound, uint32_t *bit, acre_mo
       return ACRE_OK;
     }
   }
-  return acre_fail(error, ACRE_BAD_VALUE, "name: '%.100s' is no tensor of this model%s", name,
-                   strcmp(name, "lm_head.weight") == 0 ? " (its head is tied)" : "");
+  return acre_fail(error, ACRE_BAD_VALUE, "name: '%.100s' is no tensor of this model%s",
+                   name, strcmp(name, "lm_head.weight") == 0 ? " (its head is tied)" : "");
 }
 
 /* ---------------------------------------------------------------- binding */
@@ -288,8 +327,8 @@ static acre_status check_layer(acre_model *model, int64_t index, bool want_l1,
   char prefix[48];
   bool any, has_bias;
   snprintf(prefix, sizeof prefix, "model.layers.%lld.", (long long)index);
-#define GROUP(any, group, required)                                                  \
-  ACRE_TRY(all_or_none(any, layer->bound, group, required, prefix, layer_names,      \
+#define GROUP(any, group, required)                                             \
+  ACRE_TRY(all_or_none(any, layer->bound, group, required, prefix, layer_names, \
                        LAYER_SLOTS, error))
   GROUP(&any, REQUIRED, true);
   GROUP(&has_bias, BIASES, false);
@@ -307,8 +346,8 @@ static acre_status default_l1_embedding(acre_model *model, acre_error *error) {
   size_t bytes = (size_t)c->hidden * acre_dtype_size(c->dtype);
   ACRE_TRY(need_buffer(model, &model->l1_embedding, bytes, error));
   int64_t row = acre_max(c->eos_id, 0);
-  acre_span span = {(const char *)acre_buffer_data(model->embedding) + (size_t)row * bytes, 0,
-                    1};
+  acre_span span = {(const char *)acre_buffer_data(model->embedding) + (size_t)row * bytes,
+                    0, 1};
   model->backend->ops->copy_rows(model->queue, acre_buffer_data(model->l1_embedding), &span,
                                  1, bytes);
   return model->backend->ops->sync(model->queue, error);
@@ -369,9 +408,9 @@ acre_status acre_model_create(acre_model **out, acre_engine *engine,
   model->engine = acre_engine_retain(engine);
   model->backend = engine->backend;
   model->config = config;
-  model->heads =
-      (acre_heads){config.heads, config.kv_heads, config.head_dim, config.dtype};
-  acre_status status = engine->backend->ops->queue_open(engine->backend, &model->queue, error);
+  model->heads = (acre_heads){config.heads, config.kv_heads, config.head_dim, config.dtype};
+  acre_status status =
+      engine->backend->ops->queue_open(engine->backend, &model->queue, error);
   model->layers = acre_alloc_zero((size_t)config.layers * sizeof *model->layers);
   if (status == ACRE_OK && !model->layers) {
     status = acre_fail(error, ACRE_NO_MEMORY, "model: out of memory");

@@ -28,8 +28,8 @@ int64_t acre_nested_longest(const acre_nested *nested, int64_t n) {
   return tokens + (nested->l1_tokens ? acre_ceil_div(tokens, nested->interval) : 0);
 }
 
-void acre_nested_fill(const acre_nested *nested, int32_t *out, const int32_t *ids, int64_t a,
-                      int64_t b, int32_t l1_id) {
+void acre_nested_fill(const acre_nested *nested, int32_t *out, const int32_t *ids,
+                      int64_t a, int64_t b, int32_t l1_id) {
   for (int64_t i = a; i < b; ++i) {
     *out++ = ids[i - a];
     if (nested->l1_tokens && (i + 1) % nested->interval == 0) *out++ = l1_id;

@@ -26,7 +26,7 @@ int64_t acre_nested_length(const acre_nested *nested, int64_t a, int64_t b);
 /* Most entries that any one window has. */
 int64_t acre_nested_longest(const acre_nested *nested, int64_t n);
 /* Writes the nested ids of tokens [a, b), where ids[0] is token a; L1 tokens get l1_id. */
-void acre_nested_fill(const acre_nested *nested, int32_t *out, const int32_t *ids, int64_t a,
-                      int64_t b, int32_t l1_id);
+void acre_nested_fill(const acre_nested *nested, int32_t *out, const int32_t *ids,
+                      int64_t a, int64_t b, int32_t l1_id);
 
 #endif

@@ -1,4 +1,5 @@
-/* Memory, threads, clocks: Linux first, with POSIX fallbacks where Linux has its own way.
+/* Memory, threads, clocks: Linux first, with POSIX fallbacks where Linux has its own
+ * way.
  *
  * Every allocation is preceded by the pointer that the C library gave, so that aligned,
  * zeroed and plain blocks are freed alike. */
@@ -35,8 +36,8 @@ static bool must_fail(void) {
   return atomic_fetch_sub(&fail_countdown, 1) == 1;
 }
 
-/* Large blocks on huge pages: weights and caches are streamed, and a 4 KiB page every 60
- * lines costs a table walk each. Advice only, so its failure changes nothing. */
+/* Large blocks on huge pages: weights and caches are streamed, and a 4 KiB page every
+ * 60 lines costs a table walk each. Advice only, so its failure changes nothing. */
 static void advise_huge(void *memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < 2 * HUGE_PAGE) return;
@@ -94,22 +95,26 @@ int32_t acre_cpu_count(void) {
   return (int32_t)acre_max(count, 1);
 }
 
-static size_t system_available(void) {
-  FILE *file = fopen("/proc/meminfo", "r");
+/* The number after `name` at the start of a line, or 0. */
+static unsigned long long read_field(const char *path, const char *name) {
+  FILE *file = fopen(path, "r");
   if (!file) return 0;
   char line[128];
-  unsigned long long kilobytes = 0;
+  unsigned long long value = 0;
   while (fgets(line, sizeof line, file))
-    if (sscanf(line, "MemAvailable: %llu", &kilobytes) == 1) break;
+    if (strncmp(line, name, strlen(name)) == 0)
+      value = strtoull(line + strlen(name), NULL, 10);
   fclose(file);
-  return (size_t)kilobytes * 1024;
+  return value;
 }
 
 size_t acre_memory_available(void) {
-  size_t available = system_available();
+  size_t available = (size_t)read_field("/proc/meminfo", "MemAvailable:") * 1024;
   long long limit, used, none;
   if (read_numbers("/sys/fs/cgroup/memory.max", &limit, &none) == 1 &&
       read_numbers("/sys/fs/cgroup/memory.current", &used, &none) == 1) {
+    /* Pages of files that nobody maps count as used, and are dropped when wanted. */
+    used -= (long long)read_field("/sys/fs/cgroup/memory.stat", "inactive_file ");
     size_t left = limit > used ? (size_t)(limit - used) : 0;
     if (left < available) available = left;
   }

@@ -15,9 +15,9 @@ void acre_free(void *memory);
 void acre_alloc_fail_at(int64_t n);
 int64_t acre_alloc_live(void); /* allocations not yet freed */
 
-int32_t acre_cpu_count(void);            /* usable by this process */
-size_t acre_memory_available(void);      /* bytes that a build may count on; 0 = unknown */
-double acre_clock(void);                 /* seconds, monotonic */
+int32_t acre_cpu_count(void);       /* usable by this process */
+size_t acre_memory_available(void); /* bytes that a build may count on; 0 = unknown */
+double acre_clock(void);            /* seconds, monotonic */
 
 typedef struct acre_mutex acre_mutex;
 acre_mutex *acre_mutex_new(void);
@@ -26,7 +26,8 @@ void acre_mutex_lock(acre_mutex *mutex);
 bool acre_mutex_try(acre_mutex *mutex);
 void acre_mutex_unlock(acre_mutex *mutex);
 
-/* Threads start with every signal blocked: handlers stay with the program's own threads. */
+/* Threads start with every signal blocked: handlers stay with the program's own
+ * threads. */
 typedef struct acre_thread acre_thread;
 acre_thread *acre_thread_new(void (*run)(void *context), void *context); /* or NULL */
 void acre_thread_join(acre_thread *thread); /* waits for its end and frees it */

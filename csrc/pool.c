@@ -1,10 +1,10 @@
 /* Worker threads that share one loop at a time: tasks are claimed by an atomic counter.
  *
- * One idea: a loop is a gate. Opening it publishes the job; a worker enters (inside += 1),
- * looks whether the gate is open, and only then reads the job; the caller closes the gate
- * when the tasks are all claimed and waits for inside == 0. So nobody reads a job that has
- * ended, and a worker that wakes too late costs nothing. A decode step starts hundreds of
- * short loops: idle workers spin for a moment before they sleep. */
+ * One idea: a loop is a gate. Opening it publishes the job; a worker enters (inside +=
+ * 1), looks whether the gate is open, and only then reads the job; the caller closes
+ * the gate when the tasks are all claimed and waits for inside == 0. So nobody reads a
+ * job that has ended, and a worker that wakes too late costs nothing. A decode step
+ * starts hundreds of short loops: idle workers spin for a moment before they sleep. */
 #include "pool.h"
 
 #include "platform.h"
@@ -20,13 +20,13 @@ typedef struct worker {
 
 /* Words that different threads write lie on lines of their own. */
 struct acre_pool {
-  _Alignas(ACRE_ALIGN) _Atomic uint32_t epoch; /* changes when a loop starts or all stop */
-  _Atomic uint32_t sleepers;                   /* workers about to sleep on epoch */
-  _Alignas(ACRE_ALIGN) _Atomic int64_t next;   /* first task not yet claimed */
+  _Alignas(ACRE_ALIGN) _Atomic uint32_t epoch;  /* changes when a loop starts or all stop */
+  _Atomic uint32_t sleepers;                    /* workers about to sleep on epoch */
+  _Alignas(ACRE_ALIGN) _Atomic int64_t next;    /* first task not yet claimed */
   _Alignas(ACRE_ALIGN) _Atomic uint32_t inside; /* workers between entry and exit */
-  _Atomic uint32_t waiting;                    /* the caller is about to sleep on inside */
-  _Alignas(ACRE_ALIGN) _Atomic bool open;      /* the job below may be read */
-  _Atomic bool busy;                           /* a caller owns the pool */
+  _Atomic uint32_t waiting;                     /* the caller is about to sleep on inside */
+  _Alignas(ACRE_ALIGN) _Atomic bool open;       /* the job below may be read */
+  _Atomic bool busy;                            /* a caller owns the pool */
   _Atomic bool stop;
   acre_task task;
   void *context;

@@ -35,7 +35,8 @@ typedef struct splice {
 
 /* Spans of one layer: L1 up to the group, the group's L2, and so on; the last L1 run takes
  * the recent entries with it. */
-static int64_t layer_spans(const splice *s, const int32_t *groups, int which, int64_t layer) {
+static int64_t layer_spans(const splice *s, const int32_t *groups, int which,
+                           int64_t layer) {
   int64_t l = s->cache->plan.interval, l1 = 0, row = 0, count = 0;
   int part = which == ACRE_RAW ? ACRE_L2_KEY : ACRE_L2_VALUE;
   for (int64_t i = 0; i <= s->k; ++i) {
@@ -47,7 +48,8 @@ static int64_t layer_spans(const splice *s, const int32_t *groups, int which, in
       l1 = stop;
     }
     if (i == s->k) break;
-    count += acre_l2_spans(s->spans + count, &s->cache->l2, part, layer, groups[i] * l, l, row);
+    count +=
+        acre_l2_spans(s->spans + count, &s->cache->l2, part, layer, groups[i] * l, l, row);
     row += l;
   }
   return count;
@@ -83,8 +85,8 @@ static void splice_layer(const splice *s, const int32_t *groups, int64_t layer) 
 }
 
 acre_status acre_refill_open(acre_timeline *out, const acre_cache *cache, acre_queue *queue,
-                             const int32_t *groups, int64_t k, bool per_layer, int64_t extra,
-                             acre_error *error) {
+                             const int32_t *groups, int64_t k, bool per_layer,
+                             int64_t extra, acre_error *error) {
   const acre_model *model = cache->model;
   int64_t l = cache->plan.interval;
   splice s = {.cache = cache, .to = out, .queue = queue, .k = k};
@@ -96,12 +98,13 @@ acre_status acre_refill_open(acre_timeline *out, const acre_cache *cache, acre_q
   if (cache->proxy == ACRE_PROXY_POOLED) {
     int64_t layers = per_layer ? model->config.layers : 1;
     out->bias_stride = per_layer ? out->capacity : 0;
-    status = model->backend->ops->alloc(model->backend, &out->bias,
-                                        (size_t)(layers * out->capacity) * sizeof(float),
-                                        error);
+    status =
+        model->backend->ops->alloc(model->backend, &out->bias,
+                                   (size_t)(layers * out->capacity) * sizeof(float), error);
   }
   /* A group may straddle pages; at worst each of its tokens lies in a page of its own. */
-  s.spans = acre_alloc((size_t)(k * acre_min(l, cache->l2.count) + k + 2) * sizeof *s.spans);
+  s.spans =
+      acre_alloc((size_t)(k * acre_min(l, cache->l2.count) + k + 2) * sizeof *s.spans);
   s.bias = acre_alloc((size_t)acre_max(entries, 1) * sizeof *s.bias);
   if (status == ACRE_OK && (!s.spans || !s.bias)) {
     status = acre_fail(error, ACRE_NO_MEMORY, "refill: out of memory");

@@ -11,7 +11,7 @@ acre_status acre_refill_check(const acre_cache *cache, const int32_t *groups, in
 /* Opens a timeline [L1 with groups | recent] with room for `extra` more entries. Keys are
  * rotated by their new positions; the cache is only read. */
 acre_status acre_refill_open(acre_timeline *out, const acre_cache *cache, acre_queue *queue,
-                             const int32_t *groups, int64_t k, bool per_layer, int64_t extra,
-                             acre_error *error);
+                             const int32_t *groups, int64_t k, bool per_layer,
+                             int64_t extra, acre_error *error);
 
 #endif

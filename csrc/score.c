@@ -1,7 +1,6 @@
 #include "score.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 acre_score_options acre_score_options_default(void) {
@@ -57,44 +56,63 @@ static void look(void *context, int64_t layer, bool rotated, const float *q, int
       to - from, s->m, &s->model->heads);
 }
 
-acre_probe acre_scoring_probe(acre_scoring *scoring) {
-  return (acre_probe){look, scoring};
-}
+acre_probe acre_scoring_probe(acre_scoring *scoring) { return (acre_probe){look, scoring}; }
 
 /* ---------------------------------------------------------------- choosing */
 
-typedef struct ranked {
-  float score;
-  int32_t group;
-} ranked;
-
-/* Better first; NaN is worse than any number, ties go to the lower position. */
-static int by_score(const void *a, const void *b) {
-  const ranked *x = a, *y = b;
-  float p = isnan(x->score) ? -INFINITY : x->score;
-  float q = isnan(y->score) ? -INFINITY : y->score;
-  if (p != q) return p > q ? -1 : 1;
-  return x->group < y->group ? -1 : 1;
+/* a is chosen before b: higher score, then lower index; NaN below everything. */
+static bool before(const float *scores, int32_t a, int32_t b) {
+  float x = isnan(scores[a]) ? -INFINITY : scores[a];
+  float y = isnan(scores[b]) ? -INFINITY : scores[b];
+  if (x != y) return x > y;
+  if (isnan(scores[a]) != isnan(scores[b])) return isnan(scores[b]);
+  return a < b;
 }
 
-static int by_position(const void *a, const void *b) {
-  int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-  return x < y ? -1 : x > y;
+/* Order of the heap's root: the worst of the chosen, or without scores the highest index. */
+static bool above(const float *scores, int32_t a, int32_t b) {
+  return scores ? before(scores, b, a) : a > b;
 }
 
+static void sift(int32_t *heap, int64_t count, int64_t at, const float *scores) {
+  int32_t moved = heap[at];
+  for (;;) {
+    int64_t child = 2 * at + 1;
+    if (child >= count) break;
+    if (child + 1 < count && above(scores, heap[child + 1], heap[child])) ++child;
+    if (!above(scores, heap[child], moved)) break;
+    heap[at] = heap[child];
+    at = child;
+  }
+  heap[at] = moved;
+}
+
+static void heapify(int32_t *heap, int64_t count, const float *scores) {
+  for (int64_t i = count / 2; i-- > 0;) sift(heap, count, i, scores);
+}
+
+/* The answer itself is the heap of the best so far; then it is heap-sorted by index. */
 acre_status acre_select_groups(int32_t *groups, const float *scores, int64_t m, int64_t k,
                                acre_error *error) {
   if (m < 0 || m > INT32_MAX || k < 0 || k > m) {
     return acre_fail(error, ACRE_BAD_VALUE, "k: got %lld, expected 0 to m = %lld",
                      (long long)k, (long long)m);
   }
-  ranked *order = acre_alloc((size_t)acre_max(m, 1) * sizeof *order);
-  if (!order) return acre_fail(error, ACRE_NO_MEMORY, "select: out of memory");
-  for (int64_t j = 0; j < m; ++j) order[j] = (ranked){scores[j], (int32_t)j};
-  qsort(order, (size_t)m, sizeof *order, by_score);
-  for (int64_t i = 0; i < k; ++i) groups[i] = order[i].group;
-  acre_free(order);
-  qsort(groups, (size_t)k, sizeof *groups, by_position);
+  if (k == 0) return ACRE_OK;
+  for (int64_t i = 0; i < k; ++i) groups[i] = (int32_t)i;
+  heapify(groups, k, scores);
+  for (int64_t i = k; i < m; ++i) {
+    if (!before(scores, (int32_t)i, groups[0])) continue;
+    groups[0] = (int32_t)i;
+    sift(groups, k, 0, scores);
+  }
+  heapify(groups, k, NULL);
+  for (int64_t end = k - 1; end > 0; --end) {
+    int32_t highest = groups[0];
+    groups[0] = groups[end];
+    groups[end] = highest;
+    sift(groups, end, 0, NULL);
+  }
   return ACRE_OK;
 }
 

@@ -11,7 +11,7 @@ typedef struct acre_scoring {
   acre_queue *queue;
   const acre_timeline *resident;
   int64_t m;
-  const uint8_t *use;  /* [L, h], host */
+  const uint8_t *use; /* [L, h], host */
   bool rotated;
   bool per_layer;
   int64_t first, last; /* scored rows of the whole question */

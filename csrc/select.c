@@ -39,8 +39,8 @@ static void count_entries(acre_plan *plan, acre_proxy proxy) {
   plan->windows = acre_nested_windows(&nested, plan->n);
   plan->l2_tokens = acre_nested_closed(&nested, plan->n);
   plan->m = plan->l2_tokens / plan->interval;
-  plan->recent = acre_plan_orphans(plan) +
-                 acre_nested_length(&nested, plan->l2_tokens, plan->n);
+  plan->recent =
+      acre_plan_orphans(plan) + acre_nested_length(&nested, plan->l2_tokens, plan->n);
 }
 
 static need positions_needed(const acre_plan *plan) {
@@ -78,14 +78,15 @@ static acre_status refuse_length(acre_plan *plan, acre_proxy proxy, bool automat
   if (suggestion) {
     snprintf(advice, sizeof advice, "interval=%lld would fit", (long long)suggestion);
   }
-  return acre_fail(error, ACRE_TOO_LONG,
-                   "text: %lld tokens at interval %lld need %lld positions to build (m=%lld "
-                   "L1 entries + window %lld) and %lld to ask (m + %lld recent + eta %lld + "
-                   "reserve %lld), the model has %lld; %s",
-                   (long long)plan->n, (long long)plan->interval, (long long)need.build,
-                   (long long)plan->m, (long long)plan->window, (long long)need.ask,
-                   (long long)plan->recent, (long long)plan->eta, (long long)plan->reserve,
-                   (long long)w_max, advice);
+  return acre_fail(
+      error, ACRE_TOO_LONG,
+      "text: %lld tokens at interval %lld need %lld positions to build (m=%lld "
+      "L1 entries + window %lld) and %lld to ask (m + %lld recent + eta %lld + "
+      "reserve %lld), the model has %lld; %s",
+      (long long)plan->n, (long long)plan->interval, (long long)need.build,
+      (long long)plan->m, (long long)plan->window, (long long)need.ask,
+      (long long)plan->recent, (long long)plan->eta, (long long)plan->reserve,
+      (long long)w_max, advice);
 }
 
 static acre_status check_options(const acre_build_options *o, int64_t n, int64_t w_max,
@@ -116,10 +117,10 @@ static void count_bytes(acre_plan *plan, acre_proxy proxy, const acre_model *mod
   plan->recent_bytes = acre_timeline_bytes(model, plan->recent, true);
   plan->l2_bytes = acre_timeline_bytes(model, plan->l2_tokens, false);
   /* Freezing copies the resident timeline one layer at a time. */
-  plan->peak_bytes =
-      acre_timeline_bytes(model, acre_plan_capacity(plan, proxy), true) + plan->l2_bytes +
-      (plan->l1_bytes + plan->recent_bytes) / (size_t)model->config.layers +
-      acre_workspace_bytes(model, acre_plan_rows(plan, proxy, model));
+  plan->peak_bytes = acre_timeline_bytes(model, acre_plan_capacity(plan, proxy), true) +
+                     plan->l2_bytes +
+                     (plan->l1_bytes + plan->recent_bytes) / (size_t)model->config.layers +
+                     acre_workspace_bytes(model, acre_plan_rows(plan, proxy, model));
 }
 
 acre_status acre_plan_build(acre_plan *out, const acre_model *model,

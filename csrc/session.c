@@ -16,15 +16,15 @@ struct acre_session {
   const acre_timeline *prefix; /* the cache's resident entries, or NULL */
   acre_workspace ws;
   acre_timeline own;
-  int64_t capacity;  /* query + answer tokens */
-  int64_t used;      /* query + answer tokens in the timeline */
-  int32_t *history;  /* [capacity + 1] query and answer ids, the pending one included */
+  int64_t capacity; /* query + answer tokens */
+  int64_t used;     /* query + answer tokens in the timeline */
+  int32_t *history; /* [capacity + 1] query and answer ids, the pending one included */
   int64_t history_count;
-  bool has_logits;   /* logits of the last row are in the workspace */
-  bool pending;      /* the last of history is chosen but not processed */
-  uint64_t step;     /* draws so far */
-  float *logits;     /* host [vocab] */
-  uint8_t *seen;     /* host [vocab] */
+  bool has_logits; /* logits of the last row are in the workspace */
+  bool pending;    /* the last of history is chosen but not processed */
+  uint64_t step;   /* draws so far */
+  float *logits;   /* host [vocab] */
+  uint8_t *seen;   /* host [vocab] */
   acre_candidate *candidates;
 };
 
@@ -112,7 +112,8 @@ int64_t acre_session_count(const acre_session *s) {
 
 static acre_status check_query(const acre_session *s, const int32_t *ids, int64_t t,
                                acre_error *error) {
-  if (t < 1) return acre_fail(error, ACRE_BAD_VALUE, "ids: empty, expected a token or more");
+  if (t < 1)
+    return acre_fail(error, ACRE_BAD_VALUE, "ids: empty, expected a token or more");
   for (int64_t i = 0; i < t; ++i) {
     if (ids[i] < 0 || ids[i] >= s->model->config.vocab_size) {
       return acre_fail(error, ACRE_BAD_VALUE, "ids[%lld]: got %d, the vocabulary has %lld",
@@ -143,6 +144,7 @@ static acre_status run_scoring(acre_session *s, acre_scoring *scoring, acre_time
                       .prefix = scoring->resident,
                       .own = own,
                       .layers = layers,
+                      .split = true,
                       .keys_only = true,
                       .probe = acre_scoring_probe(scoring)};
     acre_forward(s->model, &s->ws, &pass);
@@ -160,28 +162,36 @@ static acre_status score(acre_session *s, float *scores, const int32_t *ids, int
   ACRE_TRY(check_query(s, ids, t, error));
   if (t > s->capacity) return check_room(s, t + s->used, error);
   if (first < 0 || last > t || first >= last) {
-    return acre_fail(error, ACRE_BAD_VALUE,
-                     "scored tokens: got [%lld, %lld), expected within [0, %lld) and not empty",
-                     (long long)first, (long long)last, (long long)t);
+    return acre_fail(
+        error, ACRE_BAD_VALUE,
+        "scored tokens: got [%lld, %lld), expected within [0, %lld) and not empty",
+        (long long)first, (long long)last, (long long)t);
   }
   int64_t m = s->cache->plan.m, layers;
   bool per_layer = options.select == ACRE_SELECT_PER_LAYER;
   size_t bytes = (size_t)(m * (per_layer ? c->layers : 1)) * sizeof *scores;
   uint8_t *use = acre_alloc((size_t)(c->layers * c->heads));
   if (!use) return acre_fail(error, ACRE_NO_MEMORY, "score: out of memory");
-  acre_scoring scoring = {.model = s->model, .queue = s->ws.queue, .m = m, .use = use,
-                          .rotated = options.rotated, .per_layer = per_layer,
-                          .first = first, .last = last};
+  acre_scoring scoring = {.model = s->model,
+                          .queue = s->ws.queue,
+                          .m = m,
+                          .use = use,
+                          .rotated = options.rotated,
+                          .per_layer = per_layer,
+                          .first = first,
+                          .last = last};
   acre_timeline own = {0};
   acre_status status = acre_scoring_mask(use, &layers, s->model, &options, error);
   if (status == ACRE_OK) status = acre_cache_resident(&scoring.resident, s->cache, error);
   if (status == ACRE_OK && m) {
-    status = s->model->backend->ops->alloc(s->model->backend, &scoring.scores, bytes, error);
-    if (status == ACRE_OK) status = acre_timeline_open(&own, s->model, t, false, false, error);
+    status =
+        s->model->backend->ops->alloc(s->model->backend, &scoring.scores, bytes, error);
+    if (status == ACRE_OK)
+      status = acre_timeline_open(&own, s->model, t, false, false, error);
     if (status == ACRE_OK) status = run_scoring(s, &scoring, &own, ids, t, layers, error);
     if (status == ACRE_OK) {
-      s->model->backend->ops->download(s->ws.queue, scores, acre_buffer_data(scoring.scores),
-                                       bytes);
+      s->model->backend->ops->download(s->ws.queue, scores,
+                                       acre_buffer_data(scoring.scores), bytes);
     }
   }
   acre_timeline_close(&own);
@@ -190,9 +200,9 @@ static acre_status score(acre_session *s, float *scores, const int32_t *ids, int
   return status;
 }
 
-acre_status acre_session_score(acre_session *s, float *scores, const int32_t *ids, int64_t t,
-                               int64_t first, int64_t last, const acre_score_options *given,
-                               acre_error *error) {
+acre_status acre_session_score(acre_session *s, float *scores, const int32_t *ids,
+                               int64_t t, int64_t first, int64_t last,
+                               const acre_score_options *given, acre_error *error) {
   ACRE_TRY(enter(s, error));
   return leave(s, score(s, scores, ids, t, first, last, given, error));
 }
@@ -201,7 +211,8 @@ acre_status acre_session_score(acre_session *s, float *scores, const int32_t *id
 
 static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, bool per_layer,
                           acre_error *error) {
-  if (!s->cache) return acre_fail(error, ACRE_BAD_STATE, "refill: the session has no cache");
+  if (!s->cache)
+    return acre_fail(error, ACRE_BAD_STATE, "refill: the session has no cache");
   ACRE_TRY(acre_refill_check(s->cache, groups, k, per_layer, error));
   const acre_plan *plan = acre_cache_plan(s->cache);
   int64_t need = plan->m + plan->recent + k * plan->interval + s->capacity;
@@ -218,8 +229,8 @@ static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, boo
     ACRE_TRY(acre_cache_resident(&prefix, s->cache, error));
     ACRE_TRY(acre_timeline_open(&own, s->model, s->capacity, false, false, error));
   } else {
-    ACRE_TRY(acre_refill_open(&own, s->cache, s->ws.queue, groups, k, per_layer, s->capacity,
-                              error));
+    ACRE_TRY(acre_refill_open(&own, s->cache, s->ws.queue, groups, k, per_layer,
+                              s->capacity, error));
   }
   acre_timeline_close(&s->own);
   s->own = own;
@@ -260,7 +271,8 @@ static void run(acre_session *s, const int32_t *ids, int64_t t, float *host, flo
                       .first_position = s->prefix ? s->prefix->count : 0,
                       .prefix = s->prefix,
                       .own = &s->own,
-                      .layers = s->model->config.layers};
+                      .layers = s->model->config.layers,
+                      .split = true};
     acre_forward(s->model, &s->ws, &pass);
     if (i + rows == t) acre_head(s->model, &s->ws, s->ws.logits, rows - 1, 1);
     if (host) download_logits(s, host + i * vocab, block, rows);

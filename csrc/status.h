@@ -13,10 +13,10 @@ extern "C" {
 acre_status acre_fail(acre_error *error, acre_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-#define ACRE_TRY(call)                         \
-  do {                                         \
-    acre_status status_ = (call);              \
-    if (status_ != ACRE_OK) return status_;    \
+#define ACRE_TRY(call)                      \
+  do {                                      \
+    acre_status status_ = (call);           \
+    if (status_ != ACRE_OK) return status_; \
   } while (0)
 
 #ifdef __cplusplus

@@ -4,20 +4,6 @@
 #include <stdio.h>
 #include <string.h>
 
-uint16_t acre_to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  if (value != value) return (uint16_t)(bits >> 16 | 0x40); /* quiet */
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float acre_from_bf16(uint16_t bits) {
-  uint32_t wide = (uint32_t)bits << 16;
-  float value;
-  memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
 float acre_from_f16(uint16_t bits) {
   int exponent = bits >> 10 & 31;
   int mantissa = bits & 0x3ff;
@@ -36,8 +22,8 @@ void acre_shape_text(char *text, size_t size, int32_t ndim, const int64_t *shape
   size_t used = 0;
   text[0] = 0;
   for (int32_t i = 0; i < ndim && used < size; ++i) {
-    int wrote = snprintf(text + used, size - used, "%s%lld", i ? ", " : "[",
-                         (long long)shape[i]);
+    int wrote =
+        snprintf(text + used, size - used, "%s%lld", i ? ", " : "[", (long long)shape[i]);
     if (wrote < 0) return;
     used += (size_t)wrote;
   }

@@ -2,11 +2,9 @@
 #ifndef ACRE_TENSOR_H
 #define ACRE_TENSOR_H
 
+#include "bf16.h"
 #include "status.h"
 
-/* Round to nearest even; NaN stays NaN. */
-uint16_t acre_to_bf16(float value);
-float acre_from_bf16(uint16_t bits);
 float acre_from_f16(uint16_t bits);
 
 /* Refuses unless `array` has exactly this shape; `name` opens the message. */

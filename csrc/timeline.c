@@ -14,9 +14,8 @@ acre_status acre_timeline_open(acre_timeline *timeline, const acre_model *model,
                                acre_error *error) {
   acre_backend *backend = model->backend;
   int64_t layers = model->config.layers;
-  *timeline = (acre_timeline){.layers = layers,
-                              .capacity = capacity,
-                              .row_bytes = acre_model_row_bytes(model)};
+  *timeline = (acre_timeline){
+      .layers = layers, .capacity = capacity, .row_bytes = acre_model_row_bytes(model)};
   timeline->buffers = acre_alloc_zero((size_t)(3 * layers) * sizeof *timeline->buffers);
   acre_status status = ACRE_OK;
   if (!timeline->buffers) {
@@ -43,9 +42,11 @@ void acre_timeline_close(acre_timeline *timeline) {
   memset(timeline, 0, sizeof *timeline);
 }
 
-char *acre_timeline_at(const acre_timeline *timeline, int which, int64_t layer, int64_t row) {
+char *acre_timeline_at(const acre_timeline *timeline, int which, int64_t layer,
+                       int64_t row) {
   acre_buffer *buffer = acre_timeline_buffer(timeline, which, layer);
-  return buffer ? (char *)acre_buffer_data(buffer) + (size_t)row * timeline->row_bytes : NULL;
+  return buffer ? (char *)acre_buffer_data(buffer) + (size_t)row * timeline->row_bytes
+                : NULL;
 }
 
 acre_keys acre_timeline_keys(const acre_timeline *timeline, int64_t layer, int64_t count) {

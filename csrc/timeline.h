@@ -34,7 +34,8 @@ static inline acre_buffer *acre_timeline_buffer(const acre_timeline *timeline, i
   return timeline->buffers[which * timeline->layers + layer];
 }
 /* First byte of entry `row`; NULL where that kind is not kept. */
-char *acre_timeline_at(const acre_timeline *timeline, int which, int64_t layer, int64_t row);
+char *acre_timeline_at(const acre_timeline *timeline, int which, int64_t layer,
+                       int64_t row);
 /* What queries of this layer see of entries [0, count). */
 acre_keys acre_timeline_keys(const acre_timeline *timeline, int64_t layer, int64_t count);
 

@@ -1,4 +1,5 @@
-"""The tree keeps its shape: includes point downward, and the list in DESIGN.md is the tree."""
+"""The tree keeps its shape: includes point downward, and the list in DESIGN.md is the
+tree."""
 
 import pathlib
 import re
@@ -9,7 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = (
-    "acre base status platform buffer tensor pool backend engine rope model timeline forward "
+    "acre base bf16 status platform buffer tensor pool backend engine rope model timeline "
+    "forward "
     "nested select l2 cache build score refill decode session"
 ).split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
@@ -22,7 +24,9 @@ def includes(path: pathlib.Path) -> list[str]:
 def test_core_includes_point_downward():
     wrong = []
     for path in sorted((ROOT / "csrc").glob("*.[ch]")):
-        assert path.stem in RANK, f"{path.name} is not in the order; add it here and to docs"
+        assert path.stem in RANK, (
+            f"{path.name} is not in the order; add it here and to docs"
+        )
         for name in includes(path):
             stem = pathlib.Path(name).stem
             if RANK.get(stem, len(ORDER)) > RANK[path.stem]:

@@ -22,16 +22,15 @@ static PyObject *as_integer(PyObject *object, const char *name) {
   return NULL;
 }
 
-static int integer_between(PyObject *object, const char *name, int64_t low,
-                           int64_t high, const char *expected, int64_t *out) {
+static int integer_between(PyObject *object, const char *name, int64_t low, int64_t high,
+                           const char *expected, int64_t *out) {
   PyObject *integer = as_integer(object, name);
   if (!integer) return -1;
   int overflow = 0;
   long long value = PyLong_AsLongLongAndOverflow(integer, &overflow);
   Py_DECREF(integer);
   if (value == -1 && PyErr_Occurred()) return -1;
-  if (overflow || value < low || value > high)
-    return refuse_value(object, name, expected);
+  if (overflow || value < low || value > high) return refuse_value(object, name, expected);
   *out = value;
   return 0;
 }
@@ -42,8 +41,7 @@ int argument_int64(PyObject *object, const char *name, int64_t *out) {
 
 int argument_int32(PyObject *object, const char *name, int32_t *out) {
   int64_t value;
-  if (integer_between(object, name, INT32_MIN, INT32_MAX, "a 32-bit integer", &value) <
-      0)
+  if (integer_between(object, name, INT32_MIN, INT32_MAX, "a 32-bit integer", &value) < 0)
     return -1;
   *out = (int32_t)value;
   return 0;
@@ -94,13 +92,11 @@ int argument_text(PyObject *object, const char *name, const char **out) {
   return 0;
 }
 
-static int refuse_choice(PyObject *object, const char *name,
-                         const char *const *choices) {
+static int refuse_choice(PyObject *object, const char *name, const char *const *choices) {
   char known[160] = "";
   for (int i = 0; choices[i]; ++i) {
     size_t used = strlen(known);
-    PyOS_snprintf(known + used, sizeof known - used, "%s'%s'", i ? ", " : "",
-                  choices[i]);
+    PyOS_snprintf(known + used, sizeof known - used, "%s'%s'", i ? ", " : "", choices[i]);
   }
   PyErr_Format(PyExc_ValueError, "%s: got %R, expected one of %s", name, object, known);
   return -1;

@@ -19,8 +19,7 @@ static void kind_name(const foreign_array *array, char *out, size_t size) {
     PyOS_snprintf(out, size, "%s%d", names[array->kind], 8 * array->item_size);
 }
 
-static int refuse_kind(const foreign_array *array, const char *name,
-                       const char *expected) {
+static int refuse_kind(const foreign_array *array, const char *name, const char *expected) {
   char got[24];
   kind_name(array, got, sizeof got);
   PyErr_Format(PyExc_ValueError, "%s: got dtype %s, expected %s", name, got, expected);
@@ -48,10 +47,9 @@ static int read_format(foreign_array *array, const char *format, const char *nam
     if (!swapped || array->item_size == 1) return 0;
     char got[24];
     kind_name(array, got, sizeof got);
-    PyErr_Format(
-        PyExc_ValueError,
-        "%s: got %s in foreign byte order (format '%s'), expected native order", name,
-        got, format);
+    PyErr_Format(PyExc_ValueError,
+                 "%s: got %s in foreign byte order (format '%s'), expected native order",
+                 name, got, format);
     return -1;
   }
   PyErr_Format(PyExc_ValueError, "%s: got elements of format '%s', expected %s", name,
@@ -77,10 +75,9 @@ static int read_buffer(foreign_array *array, const char *name, const char *expec
     array->shape[i] = buffer->shape[i];
     array->strides[i] = buffer->strides[i] / buffer->itemsize;
     if (buffer->strides[i] % buffer->itemsize == 0 || buffer->shape[i] <= 1) continue;
-    PyErr_Format(
-        PyExc_ValueError,
-        "%s: got a stride of %zd bytes, expected a multiple of the element's %zd", name,
-        buffer->strides[i], buffer->itemsize);
+    PyErr_Format(PyExc_ValueError,
+                 "%s: got a stride of %zd bytes, expected a multiple of the element's %zd",
+                 name, buffer->strides[i], buffer->itemsize);
     return -1;
   }
   return 0;
@@ -111,9 +108,8 @@ static int take_buffer(foreign_array *out, PyObject *object, const char *name,
   if (result < 0) {
     if (PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
     PyErr_Clear();
-    PyErr_Format(PyExc_ValueError,
-                 "%s: got a %.100s that no buffer describes, expected %s", name,
-                 Py_TYPE(object)->tp_name, expected);
+    PyErr_Format(PyExc_ValueError, "%s: got a %.100s that no buffer describes, expected %s",
+                 name, Py_TYPE(object)->tp_name, expected);
     return -1;
   }
   result = read_buffer(out, name, expected);
@@ -131,15 +127,14 @@ static bool read_shape(foreign_array *array, const dlpack_tensor *tensor) {
   for (int i = tensor->ndim; i-- > 0;) {
     array->shape[i] = tensor->shape[i];
     array->strides[i] = tensor->strides ? tensor->strides[i] : compact;
-    if (array->shape[i] < 0 ||
-        __builtin_mul_overflow(compact, array->shape[i], &compact))
+    if (array->shape[i] < 0 || __builtin_mul_overflow(compact, array->shape[i], &compact))
       return false;
   }
   return tensor->data || compact == 0;
 }
 
-static int read_tensor(foreign_array *array, const dlpack_tensor *tensor,
-                       const char *name, const char *expected) {
+static int read_tensor(foreign_array *array, const dlpack_tensor *tensor, const char *name,
+                       const char *expected) {
   if (tensor->ndim < 0 || tensor->ndim > ACRE_MAX_DIMS)
     return refuse_dims(tensor->ndim, name);
   static const int kinds[] = {ELEMENT_INT,    ELEMENT_UINT, ELEMENT_FLOAT, -1,
@@ -160,8 +155,7 @@ static int read_tensor(foreign_array *array, const dlpack_tensor *tensor,
     array->data = (const char *)tensor->data + tensor->byte_offset;
     return 0;
   }
-  PyErr_Format(PyExc_ValueError, "%s: got a DLPack tensor of an impossible shape",
-               name);
+  PyErr_Format(PyExc_ValueError, "%s: got a DLPack tensor of an impossible shape", name);
   return -1;
 }
 
@@ -188,8 +182,8 @@ static PyObject *as_array(PyObject *object, const char *name, const char *expect
   Py_DECREF(numpy);
   if (!array && PyErr_ExceptionMatches(PyExc_ValueError)) {
     PyErr_Clear();
-    PyErr_Format(PyExc_ValueError, "%s: got a %.100s that is no array, expected %s",
-                 name, Py_TYPE(object)->tp_name, expected);
+    PyErr_Format(PyExc_ValueError, "%s: got a %.100s that is no array, expected %s", name,
+                 Py_TYPE(object)->tp_name, expected);
   }
   return array;
 }
@@ -235,8 +229,8 @@ static bool float_dtype(const foreign_array *array, acre_dtype *out) {
 
 static int read_dtype(const foreign_array *array, const char *dtype, const char *name,
                       acre_dtype *out) {
-  bool half_bits = array->item_size == 2 &&
-                   (array->kind == ELEMENT_UINT || array->kind == ELEMENT_INT);
+  bool half_bits =
+      array->item_size == 2 && (array->kind == ELEMENT_UINT || array->kind == ELEMENT_INT);
   if (dtype && strcmp(dtype, "bf16") == 0 && half_bits) {
     *out = ACRE_BF16;
     return 0;
@@ -253,9 +247,8 @@ int foreign_floats(const foreign_array *array, const char *dtype, const char *na
                    acre_array *out) {
   if (read_dtype(array, dtype, name, &out->dtype) < 0) return -1;
   if ((uintptr_t)array->data % (size_t)array->item_size) {
-    PyErr_Format(PyExc_ValueError,
-                 "%s: got unaligned data, expected multiples of %d bytes", name,
-                 array->item_size);
+    PyErr_Format(PyExc_ValueError, "%s: got unaligned data, expected multiples of %d bytes",
+                 name, array->item_size);
     return -1;
   }
   out->data = array->data;
@@ -294,8 +287,8 @@ static int copy_integers(const foreign_array *array, const char *name, int64_t c
     for (int a = 0; a < array->ndim; ++a) element += index[a] * array->strides[a];
     int64_t value = read_integer(array, element);
     if (value < INT32_MIN || value > INT32_MAX) {
-      PyErr_Format(PyExc_ValueError, "%s: got %lld as element %lld, expected int32",
-                   name, (long long)value, (long long)i);
+      PyErr_Format(PyExc_ValueError, "%s: got %lld as element %lld, expected int32", name,
+                   (long long)value, (long long)i);
       return -1;
     }
     out[i] = (int32_t)value;
@@ -310,8 +303,8 @@ static int copy_integers(const foreign_array *array, const char *name, int64_t c
 static int read_integers(const foreign_array *array, const char *name, int max_ndim,
                          bool flags, integers *out) {
   if (array->ndim < 1 || array->ndim > max_ndim) {
-    PyErr_Format(PyExc_ValueError, "%s: got %d dimensions, expected %s", name,
-                 array->ndim, max_ndim == 1 ? "1" : "1 or 2");
+    PyErr_Format(PyExc_ValueError, "%s: got %d dimensions, expected %s", name, array->ndim,
+                 max_ndim == 1 ? "1" : "1 or 2");
     return -1;
   }
   int64_t count = 1;
@@ -335,8 +328,7 @@ int integers_take(PyObject *object, const char *name, int max_ndim, bool flags,
                   integers *out) {
   memset(out, 0, sizeof *out);
   foreign_array array;
-  if (foreign_take(&array, object, name, "an array or sequence of integers") < 0)
-    return -1;
+  if (foreign_take(&array, object, name, "an array or sequence of integers") < 0) return -1;
   int result = read_integers(&array, name, max_ndim, flags, out);
   foreign_drop(&array);
   if (result == 0) return 0;
@@ -377,8 +369,8 @@ PyObject *result_array(const char *dtype, int ndim, const int64_t *shape,
 PyObject *constant_ids(const int32_t *ids, int64_t count) {
   PyObject *numpy = PyImport_ImportModule("numpy");
   if (!numpy) return NULL;
-  PyObject *bytes = PyBytes_FromStringAndSize(
-      (const char *)ids, (Py_ssize_t)(count * (int64_t)sizeof *ids));
+  PyObject *bytes = PyBytes_FromStringAndSize((const char *)ids,
+                                              (Py_ssize_t)(count * (int64_t)sizeof *ids));
   PyObject *array =
       bytes ? PyObject_CallMethod(numpy, "frombuffer", "Os", bytes, "int32") : NULL;
   Py_XDECREF(bytes);

@@ -65,9 +65,9 @@ static PyObject *builder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
                           "carry", "eta", "reserve", "base",     "keep",   NULL};
   builder_arguments a = {0};
   PyObject **o = a.options;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOO:Builder", names,
-                                   &a.model, &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4],
-                                   &o[5], &o[6], &a.base, &a.keep))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOO:Builder", names, &a.model,
+                                   &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6],
+                                   &a.base, &a.keep))
     return NULL;
   if (a.keep == Py_None) a.keep = NULL;
   builder_object *self = (builder_object *)type->tp_alloc(type, 0);
@@ -125,12 +125,11 @@ static PyObject *builder_model(builder_object *self, void *closure) {
   return Py_NewRef(self->model);
 }
 
-PyDoc_STRVAR(
-    step_doc,
-    "step($self, /)\n--\n\n"
-    "Reads at most one window; returns (tokens read so far, tokens in all).\n\n"
-    "Finished when the two are equal. Raises BusyError where another thread is\n"
-    "at it; after DeviceError the builder is useless.");
+PyDoc_STRVAR(step_doc,
+             "step($self, /)\n--\n\n"
+             "Reads at most one window; returns (tokens read so far, tokens in all).\n\n"
+             "Finished when the two are equal. Raises BusyError where another thread is\n"
+             "at it; after DeviceError the builder is useless.");
 PyDoc_STRVAR(freeze_doc,
              "freeze($self, /)\n--\n\n"
              "Ends a finished build and returns its Cache; the builder is spent.\n\n"

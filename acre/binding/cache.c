@@ -8,9 +8,8 @@
 #include "mapping.h"
 #include "records.h"
 
-static const char *const PARTS[] = {"l1_keys",   "l1_values",   "l2_keys",
-                                    "l2_values", "recent_keys", "recent_values",
-                                    NULL};
+static const char *const PARTS[] = {"l1_keys",     "l1_values",     "l2_keys", "l2_values",
+                                    "recent_keys", "recent_values", NULL};
 enum { PART_COUNT = 6 };
 
 cache_object *cache_new(const binding_state *state, PyObject *model) {
@@ -62,8 +61,8 @@ static int read_block(const binding_state *state, acre_cache_parts *parts,
   return parts->blocks[part] ? 0 : -1;
 }
 
-static int read_blocks(const binding_state *state, acre_cache_parts *parts,
-                       PyObject *path, PyObject *blocks) {
+static int read_blocks(const binding_state *state, acre_cache_parts *parts, PyObject *path,
+                       PyObject *blocks) {
   if (!PyDict_Check(blocks))
     return argument_refuse(blocks, "blocks", "a dict of part: (offset, nbytes)");
   acre_buffer *file = mapping_open(state, path);
@@ -132,8 +131,7 @@ static PyObject *cache_restore(PyObject *type, PyObject *args, PyObject *kwargs)
     return NULL;
   parts.ids = ids;
   PyObject *result = NULL;
-  if (read_blocks(state, &parts, path, blocks) == 0)
-    result = restore(state, model, &parts);
+  if (read_blocks(state, &parts, path, blocks) == 0) result = restore(state, model, &parts);
   for (int i = 0; i < PART_COUNT; ++i) acre_buffer_release(parts.blocks[i]);
   PyMem_RawFree(ids);
   return result;
@@ -162,13 +160,11 @@ static PyObject *cache_view(cache_object *self, PyObject *args, PyObject *kwargs
   return Py_BuildValue("(NL)", tensor_new(state, &view, owner), (long long)first);
 }
 
-static PyObject *cache_refill_count(cache_object *self, PyObject *args,
-                                    PyObject *kwargs) {
+static PyObject *cache_refill_count(cache_object *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"eta", NULL};
   PyObject *eta_object;
   int64_t eta, k;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:refill_count", names,
-                                   &eta_object) ||
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:refill_count", names, &eta_object) ||
       argument_int64(eta_object, "eta", &eta) < 0)
     return NULL;
   acre_error error;
@@ -215,38 +211,35 @@ static PyObject *cache_model(cache_object *self, void *closure) {
 
 /* ------------------------------------------------------------------ type */
 
-PyDoc_STRVAR(
-    view_doc,
-    "view($self, /, part, layer, page=0)\n--\n\n"
-    "One layer's tensor as (Tensor [rows, g, d], index of its first row).\n\n"
-    "part: 'l1_keys', 'l1_values', 'l2_keys', 'l2_values', 'recent_keys' or\n"
-    "'recent_values'; keys before RoPE. L2 lies in `pages` pages, the others in\n"
-    "page 0. No copy; the Tensor keeps the bytes alive. Raises ValueError.");
+PyDoc_STRVAR(view_doc,
+             "view($self, /, part, layer, page=0)\n--\n\n"
+             "One layer's tensor as (Tensor [rows, g, d], index of its first row).\n\n"
+             "part: 'l1_keys', 'l1_values', 'l2_keys', 'l2_values', 'recent_keys' or\n"
+             "'recent_values'; keys before RoPE. L2 lies in `pages` pages, the others in\n"
+             "page 0. No copy; the Tensor keeps the bytes alive. Raises ValueError.");
 PyDoc_STRVAR(refill_count_doc,
              "refill_count($self, /, eta)\n--\n\n"
              "k, the groups that a budget of eta L2 tokens refills. eta = 0 gives 0;\n"
              "raises ValueError for a budget below one group.");
-PyDoc_STRVAR(
-    restore_doc,
-    "restore($type, /, model, ids, options, path, blocks)\n--\n\n"
-    "A stored cache, its tensors mapped read-only from a file.\n\n"
-    "options: a dict of the resolved build options. blocks: part ->\n"
-    "(offset, nbytes) in the file; each block holds a whole tensor\n"
-    "[L, rows, g, d] in the model's dtype, row-major; parts without rows may be\n"
-    "absent. The file must not shrink while the cache lives. Raises ValueError\n"
-    "where a size does not fit model, options and ids, and OSError.");
-PyDoc_STRVAR(
-    cache_doc,
-    "A frozen bi-layer KV cache, made by Builder.freeze() and Cache.restore().\n\n"
-    "Immutable; any number of sessions on any threads may use one.");
+PyDoc_STRVAR(restore_doc,
+             "restore($type, /, model, ids, options, path, blocks)\n--\n\n"
+             "A stored cache, its tensors mapped read-only from a file.\n\n"
+             "options: a dict of the resolved build options. blocks: part ->\n"
+             "(offset, nbytes) in the file; each block holds a whole tensor\n"
+             "[L, rows, g, d] in the model's dtype, row-major; parts without rows may be\n"
+             "absent. The file must not shrink while the cache lives. Raises ValueError\n"
+             "where a size does not fit model, options and ids, and OSError.");
+PyDoc_STRVAR(cache_doc,
+             "A frozen bi-layer KV cache, made by Builder.freeze() and Cache.restore().\n\n"
+             "Immutable; any number of sessions on any threads may use one.");
 
 static PyMethodDef cache_methods[] = {
     {"view", KEYWORD_METHOD(cache_view), METH_VARARGS | METH_KEYWORDS, view_doc},
     {"refill_count", KEYWORD_METHOD(cache_refill_count), METH_VARARGS | METH_KEYWORDS,
      refill_count_doc},
     /* A class method only because a static one could not reach the module's state. */
-    {"restore", KEYWORD_METHOD(cache_restore),
-     METH_VARARGS | METH_KEYWORDS | METH_CLASS, restore_doc},
+    {"restore", KEYWORD_METHOD(cache_restore), METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+     restore_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -254,8 +247,7 @@ static PyGetSetDef cache_getset[] = {
     {"plan", (getter)cache_plan, NULL,
      PyDoc_STR("The plan that the cache fulfils, a new dict."), NULL},
     {"proxy", (getter)cache_proxy, NULL, PyDoc_STR("'pooled' or 'trained'."), NULL},
-    {"ids", (getter)cache_ids, NULL, PyDoc_STR("Token ids, read-only int32 [n]."),
-     NULL},
+    {"ids", (getter)cache_ids, NULL, PyDoc_STR("Token ids, read-only int32 [n]."), NULL},
     {"closed_tokens", (getter)cache_closed_tokens, NULL,
      PyDoc_STR("Tokens of full windows, which no continuation may replace."), NULL},
     {"nbytes", (getter)cache_nbytes, NULL, PyDoc_STR("Bytes of all entries."), NULL},

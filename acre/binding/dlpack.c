@@ -21,10 +21,9 @@ static const char VERSIONED_USED[] = "used_dltensor_versioned";
 
 static const char *device_name(int64_t type) {
   static const char *const names[] = {
-      "device 0", "cpu",       "cuda",    "cuda_host",    "opencl",
-      "device 5", "device 6",  "vulkan",  "metal",        "vpi",
-      "rocm",     "rocm_host", "ext_dev", "cuda_managed", "oneapi",
-      "webgpu",   "hexagon",   "maia",    "trainium"};
+      "device 0", "cpu",    "cuda",    "cuda_host", "opencl",    "device 5", "device 6",
+      "vulkan",   "metal",  "vpi",     "rocm",      "rocm_host", "ext_dev",  "cuda_managed",
+      "oneapi",   "webgpu", "hexagon", "maia",      "trainium"};
   int64_t count = (int64_t)(sizeof names / sizeof names[0]);
   return type >= 0 && type < count ? names[type] : "an unknown device";
 }
@@ -53,10 +52,9 @@ static int ask_device(PyObject *producer, const char *name) {
   int64_t type = 0, id = 0;
   int result = -1;
   if (PyTuple_GET_SIZE(pair) != 2)
-    PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__() gave %R, expected a pair",
-                 name, pair);
-  else if (argument_int64(PyTuple_GET_ITEM(pair, 0), "__dlpack_device__()", &type) ==
-               0 &&
+    PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__() gave %R, expected a pair", name,
+                 pair);
+  else if (argument_int64(PyTuple_GET_ITEM(pair, 0), "__dlpack_device__()", &type) == 0 &&
            argument_int64(PyTuple_GET_ITEM(pair, 1), "__dlpack_device__()", &id) == 0)
     result = check_device(type, id, name);
   Py_DECREF(pair);
@@ -97,13 +95,11 @@ static int consume(dlpack_import *import, PyObject *capsule, const char *name) {
     import->legacy = managed;
     return 0;
   }
-  if (PyCapsule_IsValid(capsule, VERSIONED_USED) ||
-      PyCapsule_IsValid(capsule, LEGACY_USED))
+  if (PyCapsule_IsValid(capsule, VERSIONED_USED) || PyCapsule_IsValid(capsule, LEGACY_USED))
     PyErr_Format(PyExc_ValueError, "%s: the DLPack capsule has been consumed already",
                  name);
   else
-    PyErr_Format(PyExc_TypeError, "%s: got %R, expected a DLPack capsule", name,
-                 capsule);
+    PyErr_Format(PyExc_TypeError, "%s: got %R, expected a DLPack capsule", name, capsule);
   return -1;
 }
 
@@ -115,8 +111,7 @@ static int check_import(const dlpack_import *import, const char *name) {
                  versioned->major, versioned->minor);
     return -1;
   }
-  const dlpack_tensor *tensor =
-      versioned ? &versioned->tensor : &import->legacy->tensor;
+  const dlpack_tensor *tensor = versioned ? &versioned->tensor : &import->legacy->tensor;
   return check_device(tensor->device.type, tensor->device.id, name);
 }
 
@@ -151,8 +146,7 @@ void dlpack_drop(dlpack_import *import) {
   PyErr_Fetch(&type, &value, &traceback);
   if (import->versioned && import->versioned->deleter)
     import->versioned->deleter(import->versioned);
-  if (import->legacy && import->legacy->deleter)
-    import->legacy->deleter(import->legacy);
+  if (import->legacy && import->legacy->deleter) import->legacy->deleter(import->legacy);
   *import = (dlpack_import){NULL, NULL};
   PyErr_Restore(type, value, traceback);
 }
@@ -176,9 +170,7 @@ static void drop_exported(exported *self) {
 
 static void delete_legacy(dlpack_legacy *managed) { drop_exported(managed->context); }
 
-static void delete_versioned(dlpack_versioned *managed) {
-  drop_exported(managed->context);
-}
+static void delete_versioned(dlpack_versioned *managed) { drop_exported(managed->context); }
 
 /* A capsule that nobody consumed still owns its tensor. */
 static void destroy_capsule(PyObject *capsule) {

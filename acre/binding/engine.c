@@ -11,8 +11,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
   static char *names[] = {"device", "threads", "isa", NULL};
   PyObject *device = NULL, *threads = NULL, *isa = NULL;
   acre_engine_options options = acre_engine_options_default();
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO:Engine", names, &device,
-                                   &threads, &isa) ||
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO:Engine", names, &device, &threads,
+                                   &isa) ||
       optional_text(device, "device", &options.device) < 0 ||
       (threads && argument_int32(threads, "threads", &options.threads) < 0) ||
       optional_text(isa, "isa", &options.isa) < 0)
@@ -74,8 +74,7 @@ static PyMethodDef engine_methods[] = {
 };
 
 static PyGetSetDef engine_getset[] = {
-    {"threads", (getter)engine_threads, NULL, PyDoc_STR("Worker threads in use."),
-     NULL},
+    {"threads", (getter)engine_threads, NULL, PyDoc_STR("Worker threads in use."), NULL},
     {"isa", (getter)engine_isa, NULL, PyDoc_STR("Instruction set in use, e.g. 'avx2'."),
      NULL},
     {"bytes", (getter)engine_bytes, NULL,
@@ -85,14 +84,13 @@ static PyGetSetDef engine_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(
-    engine_doc,
-    "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
-    "A device and its threads; models are created on one and share it.\n\n"
-    "threads: worker threads including the caller's; 0 = all usable cores.\n"
-    "isa: None = the best of this processor; 'scalar', 'avx2' or 'avx512' cap\n"
-    "the choice. Raises ValueError, or NotImplementedError for a device or\n"
-    "instruction set that this build or machine lacks.");
+PyDoc_STRVAR(engine_doc,
+             "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
+             "A device and its threads; models are created on one and share it.\n\n"
+             "threads: worker threads including the caller's; 0 = all usable cores.\n"
+             "isa: None = the best of this processor; 'scalar', 'avx2' or 'avx512' cap\n"
+             "the choice. Raises ValueError, or NotImplementedError for a device or\n"
+             "instruction set that this build or machine lacks.");
 
 static PyType_Slot engine_slots[] = {
     {Py_tp_doc, (void *)engine_doc},

@@ -14,15 +14,13 @@ static int add(PyObject *module, PyObject **out, const char *name, const char *d
 
 int errors_add(PyObject *module, binding_state *state) {
   if (add(module, &state->too_long_error, "acre.TooLongError",
-          "A text or question exceeds the model's usable positions.",
-          PyExc_ValueError) < 0)
+          "A text or question exceeds the model's usable positions.", PyExc_ValueError) < 0)
     return -1;
   if (add(module, &state->busy_error, "acre.BusyError",
           "The object is in use on another thread.", PyExc_RuntimeError) < 0)
     return -1;
   return add(module, &state->device_error, "acre.DeviceError",
-             "The device failed; the object cannot be used any more.",
-             PyExc_RuntimeError);
+             "The device failed; the object cannot be used any more.", PyExc_RuntimeError);
 }
 
 static PyObject *exception_of(const binding_state *state, acre_status status) {
@@ -43,8 +41,8 @@ static PyObject *exception_of(const binding_state *state, acre_status status) {
 PyObject *errors_raise(const binding_state *state, const acre_error *error) {
   /* C's sentences may quote a name cut in the middle of a character: hence "replace".
    */
-  PyObject *text = PyUnicode_DecodeUTF8(error->message,
-                                        (Py_ssize_t)strlen(error->message), "replace");
+  PyObject *text =
+      PyUnicode_DecodeUTF8(error->message, (Py_ssize_t)strlen(error->message), "replace");
   if (!text) return NULL;
   PyErr_SetObject(exception_of(state, error->status), text);
   Py_DECREF(text);

@@ -83,15 +83,14 @@ acre_buffer *mapping_open(const binding_state *state, PyObject *path) {
   return NULL;
 }
 
-acre_buffer *mapping_block(const binding_state *state, acre_buffer *file,
-                           int64_t offset, int64_t size, const char *name) {
+acre_buffer *mapping_block(const binding_state *state, acre_buffer *file, int64_t offset,
+                           int64_t size, const char *name) {
   int64_t whole = (int64_t)acre_buffer_size(file);
   if (offset < 0 || size < 0 || size > whole || offset > whole - size) {
-    PyErr_Format(
-        PyExc_ValueError,
-        "%s: got offset %lld and %lld bytes, expected a block inside the file's "
-        "%lld bytes",
-        name, (long long)offset, (long long)size, (long long)whole);
+    PyErr_Format(PyExc_ValueError,
+                 "%s: got offset %lld and %lld bytes, expected a block inside the file's "
+                 "%lld bytes",
+                 name, (long long)offset, (long long)size, (long long)whole);
     return NULL;
   }
   acre_buffer *block;

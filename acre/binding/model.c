@@ -66,8 +66,7 @@ static int enter(model_object *self) {
   return -1;
 }
 
-static PyObject *leave(model_object *self, acre_status status,
-                       const acre_error *error) {
+static PyObject *leave(model_object *self, acre_status status, const acre_error *error) {
   atomic_store(&self->in_use, false);
   if (status != ACRE_OK) return errors_raise(state_of((PyObject *)self), error);
   Py_RETURN_NONE;
@@ -146,37 +145,33 @@ static PyObject *model_engine(model_object *self, void *closure) {
 
 /* ------------------------------------------------------------------ type */
 
-PyDoc_STRVAR(
-    bind_doc,
-    "bind($self, /, name, array, dtype=None)\n--\n\n"
-    "Copies one tensor by its Hugging Face name.\n\n"
-    "array: float16, bfloat16, float32 or float64 of the shape that the\n"
-    "configuration asks for, any strides: a NumPy array, a DLPack producer or\n"
-    "capsule on the CPU. With dtype='bf16' 16-bit integers are bfloat16 bits.\n"
-    "Nothing of it is kept. Binding a name twice replaces the tensor. Raises\n"
-    "ValueError for an unknown name, another shape or dtype, NaN or infinity,\n"
-    "RuntimeError after ready().");
-PyDoc_STRVAR(
-    ready_doc,
-    "ready($self, /)\n--\n\n"
-    "Checks that every tensor came and fixes the model.\n\n"
-    "Missing L1 parameters get their untrained values. Raises RuntimeError that\n"
-    "names a missing tensor; more may then be bound.");
-PyDoc_STRVAR(
-    plan_doc,
-    "plan($self, /, n, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-    "carry=0, eta=4096, reserve=0)\n--\n\n"
-    "What a text of n tokens would become: the resolved options, the numbers\n"
-    "of entries and the bytes. Does no work; needs no weights. Raises ValueError\n"
-    "for impossible options and TooLongError for a text that does not fit.");
-PyDoc_STRVAR(
-    model_doc,
-    "Model(engine, config)\n--\n\n"
-    "A transformer of the Llama or Qwen2 family on an engine.\n\n"
-    "config: a dict with the fields of acre_model_config; vocab_size, hidden,\n"
-    "layers, heads, kv_heads, head_dim, ffn and w_max are required; rms_eps,\n"
-    "rope (a dict with 'kind' and its fields), tied_head, dtype ('f32' or\n"
-    "'bf16') and eos_id have defaults. bind() every tensor, then ready().");
+PyDoc_STRVAR(bind_doc,
+             "bind($self, /, name, array, dtype=None)\n--\n\n"
+             "Copies one tensor by its Hugging Face name.\n\n"
+             "array: float16, bfloat16, float32 or float64 of the shape that the\n"
+             "configuration asks for, any strides: a NumPy array, a DLPack producer or\n"
+             "capsule on the CPU. With dtype='bf16' 16-bit integers are bfloat16 bits.\n"
+             "Nothing of it is kept. Binding a name twice replaces the tensor. Raises\n"
+             "ValueError for an unknown name, another shape or dtype, NaN or infinity,\n"
+             "RuntimeError after ready().");
+PyDoc_STRVAR(ready_doc,
+             "ready($self, /)\n--\n\n"
+             "Checks that every tensor came and fixes the model.\n\n"
+             "Missing L1 parameters get their untrained values. Raises RuntimeError that\n"
+             "names a missing tensor; more may then be bound.");
+PyDoc_STRVAR(plan_doc,
+             "plan($self, /, n, *, proxy='pooled', interval=0, window=4096, stride=2048, "
+             "carry=0, eta=4096, reserve=0)\n--\n\n"
+             "What a text of n tokens would become: the resolved options, the numbers\n"
+             "of entries and the bytes. Does no work; needs no weights. Raises ValueError\n"
+             "for impossible options and TooLongError for a text that does not fit.");
+PyDoc_STRVAR(model_doc,
+             "Model(engine, config)\n--\n\n"
+             "A transformer of the Llama or Qwen2 family on an engine.\n\n"
+             "config: a dict with the fields of acre_model_config; vocab_size, hidden,\n"
+             "layers, heads, kv_heads, head_dim, ffn and w_max are required; rms_eps,\n"
+             "rope (a dict with 'kind' and its fields), tied_head, dtype ('f32' or\n"
+             "'bf16') and eos_id have defaults. bind() every tensor, then ready().");
 
 static PyMethodDef model_methods[] = {
     {"bind", KEYWORD_METHOD(model_bind), METH_VARARGS | METH_KEYWORDS, bind_doc},

@@ -27,8 +27,8 @@ static PyObject *select_into_array(const binding_state *state, const acre_array 
   if (groups) {
     acre_error error;
     acre_status status;
-    WITHOUT_GIL(
-        status = acre_select_groups(buffer.buf, compact, scores->shape[0], k, &error));
+    WITHOUT_GIL(status =
+                    acre_select_groups(buffer.buf, compact, scores->shape[0], k, &error));
     PyBuffer_Release(&buffer);
     if (status != ACRE_OK) {
       Py_CLEAR(groups);
@@ -44,20 +44,19 @@ static PyObject *select_groups(PyObject *module, PyObject *args, PyObject *kwarg
   PyObject *scores_object, *k_object, *result = NULL;
   int64_t k;
   foreign_array foreign;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:select_groups", names,
-                                   &scores_object, &k_object) ||
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:select_groups", names, &scores_object,
+                                   &k_object) ||
       argument_int64(k_object, "k", &k) < 0 ||
       foreign_take(&foreign, scores_object, "scores", "a float32 array") < 0)
     return NULL;
   acre_array scores;
   if (foreign_floats(&foreign, NULL, "scores", &scores) == 0) {
     if (scores.ndim != 1 || scores.dtype != ACRE_F32)
-      PyErr_Format(PyExc_ValueError,
-                   "scores: got %d dimensions of %s, expected 1 of f32", scores.ndim,
-                   acre_dtype_name(scores.dtype));
+      PyErr_Format(PyExc_ValueError, "scores: got %d dimensions of %s, expected 1 of f32",
+                   scores.ndim, acre_dtype_name(scores.dtype));
     else if (k < 0 || k > scores.shape[0])
-      PyErr_Format(PyExc_ValueError, "k: got %lld, expected 0 to m = %lld",
-                   (long long)k, (long long)scores.shape[0]);
+      PyErr_Format(PyExc_ValueError, "k: got %lld, expected 0 to m = %lld", (long long)k,
+                   (long long)scores.shape[0]);
     else
       result = select_into_array(PyModule_GetState(module), &scores, k);
   }
@@ -72,8 +71,7 @@ static int add_type(PyObject *module, PyTypeObject **out, PyType_Spec *spec) {
 
 static int module_exec(PyObject *module) {
   binding_state *state = PyModule_GetState(module);
-  if (errors_add(module, state) < 0 ||
-      add_type(module, &state->engine, &engine_spec) < 0 ||
+  if (errors_add(module, state) < 0 || add_type(module, &state->engine, &engine_spec) < 0 ||
       add_type(module, &state->model, &model_spec) < 0 ||
       add_type(module, &state->builder, &builder_spec) < 0 ||
       add_type(module, &state->cache, &cache_spec) < 0 ||

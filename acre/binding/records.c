@@ -65,20 +65,13 @@ static const field OPTION_FIELDS[] = {
 const record record_build_options = RECORD("options", OPTION_FIELDS);
 
 static const field PLAN_FIELDS[] = {
-    FIELD(acre_plan, n, FIELD_INT64),
-    FIELD(acre_plan, interval, FIELD_INT64),
-    FIELD(acre_plan, window, FIELD_INT64),
-    FIELD(acre_plan, stride, FIELD_INT64),
-    FIELD(acre_plan, carry, FIELD_INT64),
-    FIELD(acre_plan, eta, FIELD_INT64),
-    FIELD(acre_plan, reserve, FIELD_INT64),
-    FIELD(acre_plan, windows, FIELD_INT64),
-    FIELD(acre_plan, m, FIELD_INT64),
-    FIELD(acre_plan, recent, FIELD_INT64),
-    FIELD(acre_plan, l2_tokens, FIELD_INT64),
-    FIELD(acre_plan, l1_bytes, FIELD_SIZE),
-    FIELD(acre_plan, l2_bytes, FIELD_SIZE),
-    FIELD(acre_plan, recent_bytes, FIELD_SIZE),
+    FIELD(acre_plan, n, FIELD_INT64),         FIELD(acre_plan, interval, FIELD_INT64),
+    FIELD(acre_plan, window, FIELD_INT64),    FIELD(acre_plan, stride, FIELD_INT64),
+    FIELD(acre_plan, carry, FIELD_INT64),     FIELD(acre_plan, eta, FIELD_INT64),
+    FIELD(acre_plan, reserve, FIELD_INT64),   FIELD(acre_plan, windows, FIELD_INT64),
+    FIELD(acre_plan, m, FIELD_INT64),         FIELD(acre_plan, recent, FIELD_INT64),
+    FIELD(acre_plan, l2_tokens, FIELD_INT64), FIELD(acre_plan, l1_bytes, FIELD_SIZE),
+    FIELD(acre_plan, l2_bytes, FIELD_SIZE),   FIELD(acre_plan, recent_bytes, FIELD_SIZE),
     FIELD(acre_plan, peak_bytes, FIELD_SIZE),
 };
 const record record_plan = RECORD("plan", PLAN_FIELDS);
@@ -100,8 +93,7 @@ const record record_score_options = RECORD("score", SCORE_FIELDS);
 
 /* ------------------------------------------------------------------ reading */
 
-static int read_double(const field *field, void *slot, PyObject *value,
-                       const char *name) {
+static int read_double(const field *field, void *slot, PyObject *value, const char *name) {
   double number;
   if (argument_double(value, name, &number) < 0) return -1;
   if (field->kind == FIELD_DOUBLE)
@@ -111,8 +103,7 @@ static int read_double(const field *field, void *slot, PyObject *value,
   return 0;
 }
 
-static int read_field(const field *field, void *target, PyObject *value,
-                      const char *name) {
+static int read_field(const field *field, void *target, PyObject *value, const char *name) {
   void *slot = (char *)target + field->offset;
   switch (field->kind) {
     case FIELD_INT64: return argument_int64(value, name, slot);
@@ -153,8 +144,8 @@ static int refuse_unknown(const record *record, PyObject *dict) {
       PyOS_snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "",
                     record->fields[i].name);
     }
-    PyErr_Format(PyExc_ValueError, "%s: unknown key %R, expected some of: %s",
-                 record->name, key, known);
+    PyErr_Format(PyExc_ValueError, "%s: unknown key %R, expected some of: %s", record->name,
+                 key, known);
     return -1;
   }
   return 0;

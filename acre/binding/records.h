@@ -35,8 +35,8 @@ struct record {
 
 #define RECORD_MAX_FIELDS 16
 
-extern const record record_model_config, record_build_options, record_plan,
-    record_sampling, record_score_options;
+extern const record record_model_config, record_build_options, record_plan, record_sampling,
+    record_score_options;
 
 /* Reads a dict into `target`, which holds the defaults. Unknown and missing keys are
  * refused by name. 0, or -1 with an exception. */

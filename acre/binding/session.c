@@ -30,8 +30,7 @@ static int open_session(const binding_state *state, session_object *self,
   }
   acre_error error;
   acre_status status;
-  WITHOUT_GIL(status =
-                  acre_session_open(&self->session, model, cache, capacity, &error));
+  WITHOUT_GIL(status = acre_session_open(&self->session, model, cache, capacity, &error));
   if (status == ACRE_OK) return 0;
   errors_raise(state, &error);
   return -1;
@@ -95,8 +94,7 @@ static int read_heads(const session_object *self, PyObject *object, uint8_t **ou
   int result = -1;
   if (table.ndim != 2 || table.shape[0] != config->layers ||
       table.shape[1] != config->heads)
-    PyErr_Format(PyExc_ValueError,
-                 "heads: got shape [%lld, %lld], expected [%lld, %lld]",
+    PyErr_Format(PyExc_ValueError, "heads: got shape [%lld, %lld], expected [%lld, %lld]",
                  (long long)table.shape[0], (long long)table.shape[1],
                  (long long)config->layers, (long long)config->heads);
   else if (!(*out = PyMem_RawMalloc((size_t)count)))
@@ -125,8 +123,7 @@ static int read_score(const session_object *self, PyObject *args, PyObject *kwar
 static PyObject *run_score(session_object *self, score_arguments *a) {
   bool per_layer = a->options.select == ACRE_SELECT_PER_LAYER;
   int64_t m = 0;
-  if (self->cache != Py_None)
-    m = acre_cache_plan(((cache_object *)self->cache)->cache)->m;
+  if (self->cache != Py_None) m = acre_cache_plan(((cache_object *)self->cache)->cache)->m;
   int64_t shape[2] = {per_layer ? config_of(self)->layers : m, m};
   Py_buffer buffer;
   PyObject *scores = result_array("float32", per_layer ? 2 : 1, shape, &buffer);
@@ -134,8 +131,8 @@ static PyObject *run_score(session_object *self, score_arguments *a) {
   a->options.heads = a->heads;
   acre_error error;
   acre_status status;
-  WITHOUT_GIL(status = acre_session_score(self->session, buffer.buf, a->ids, a->t,
-                                          a->first, a->last, &a->options, &error));
+  WITHOUT_GIL(status = acre_session_score(self->session, buffer.buf, a->ids, a->t, a->first,
+                                          a->last, &a->options, &error));
   PyBuffer_Release(&buffer);
   if (status == ACRE_OK) return scores;
   Py_DECREF(scores);
@@ -154,22 +151,20 @@ static PyObject *session_score(session_object *self, PyObject *args, PyObject *k
 
 /* ------------------------------------------------------------------ timeline */
 
-static PyObject *session_refill(session_object *self, PyObject *args,
-                                PyObject *kwargs) {
+static PyObject *session_refill(session_object *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"groups", NULL};
   PyObject *object;
   integers groups;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:refill", names, &object) ||
-      PyErr_CheckSignals() < 0 ||
-      integers_take(object, "groups", 2, false, &groups) < 0)
+      PyErr_CheckSignals() < 0 || integers_take(object, "groups", 2, false, &groups) < 0)
     return NULL;
   PyObject *result = NULL;
   bool per_layer = groups.ndim == 2;
   int64_t layers = config_of(self)->layers;
   if (per_layer && groups.shape[0] != layers) {
-    PyErr_Format(
-        PyExc_ValueError, "groups: got shape [%lld, %lld], expected [k] or [%lld, k]",
-        (long long)groups.shape[0], (long long)groups.shape[1], (long long)layers);
+    PyErr_Format(PyExc_ValueError,
+                 "groups: got shape [%lld, %lld], expected [k] or [%lld, k]",
+                 (long long)groups.shape[0], (long long)groups.shape[1], (long long)layers);
   } else {
     acre_error error;
     acre_status status;
@@ -201,8 +196,7 @@ static PyObject *run_prefill(session_object *self, const int32_t *ids, int64_t t
   return errors_raise(state_of((PyObject *)self), &error);
 }
 
-static PyObject *session_prefill(session_object *self, PyObject *args,
-                                 PyObject *kwargs) {
+static PyObject *session_prefill(session_object *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"ids", "logits", NULL};
   PyObject *ids_object, *logits_object = Py_False;
   bool logits;
@@ -268,49 +262,43 @@ static PyObject *session_cache(session_object *self, void *closure) {
 
 /* ------------------------------------------------------------------ type */
 
-PyDoc_STRVAR(
-    score_doc,
-    "score($self, /, ids, first, last, *, select='shared', rotated=True, "
-    "heads=None)\n--\n\n"
-    "Group scores of a question (section 4.1-4.2).\n\n"
-    "Runs ids [t] over [L1 | recent]; the tokens [first, last) score. Returns\n"
-    "float32 [m] for select='shared', [L, m] for 'per_layer'. heads: booleans or\n"
-    "integers [L, h], nonzero = counts; None = the last layer's heads (shared)\n"
-    "or every layer's. Raises ValueError, TooLongError, RuntimeError, BusyError.");
+PyDoc_STRVAR(score_doc,
+             "score($self, /, ids, first, last, *, select='shared', rotated=True, "
+             "heads=None)\n--\n\n"
+             "Group scores of a question (section 4.1-4.2).\n\n"
+             "Runs ids [t] over [L1 | recent]; the tokens [first, last) score. Returns\n"
+             "float32 [m] for select='shared', [L, m] for 'per_layer'. heads: booleans or\n"
+             "integers [L, h], nonzero = counts; None = the last layer's heads (shared)\n"
+             "or every layer's. Raises ValueError, TooLongError, RuntimeError, BusyError.");
 PyDoc_STRVAR(refill_doc,
              "refill($self, /, groups)\n--\n\n"
              "Begins the timeline with the groups' L2 entries spliced into L1.\n\n"
              "groups: ascending integers [k], or [L, k] with a row per layer. May be\n"
              "called again: the session starts anew.");
-PyDoc_STRVAR(
-    prefill_doc,
-    "prefill($self, /, ids, logits=False)\n--\n\n"
-    "Appends ids [t] to the timeline.\n\n"
-    "Returns None, or with logits=True float32 [t, vocab_size]. May be called\n"
-    "repeatedly: a long prompt in pieces can be interrupted between them.");
-PyDoc_STRVAR(
-    next_doc,
-    "next($self, /, *, temperature=0.0, top_k=0, top_p=1.0, "
-    "repetition_penalty=1.0, seed=0)\n--\n\n"
-    "Chooses the next token and returns its id.\n\n"
-    "temperature 0 = greedy; top_k 0, top_p 1, repetition_penalty 1 = off. The\n"
-    "same seed gives the same tokens.");
+PyDoc_STRVAR(prefill_doc,
+             "prefill($self, /, ids, logits=False)\n--\n\n"
+             "Appends ids [t] to the timeline.\n\n"
+             "Returns None, or with logits=True float32 [t, vocab_size]. May be called\n"
+             "repeatedly: a long prompt in pieces can be interrupted between them.");
+PyDoc_STRVAR(next_doc,
+             "next($self, /, *, temperature=0.0, top_k=0, top_p=1.0, "
+             "repetition_penalty=1.0, seed=0)\n--\n\n"
+             "Chooses the next token and returns its id.\n\n"
+             "temperature 0 = greedy; top_k 0, top_p 1, repetition_penalty 1 = off. The\n"
+             "same seed gives the same tokens.");
 PyDoc_STRVAR(logits_doc,
              "logits($self, /)\n--\n\n"
              "float32 [vocab_size]: what the next token is chosen from, a new array.");
-PyDoc_STRVAR(
-    session_doc,
-    "Session(model, cache=None, *, capacity)\n--\n\n"
-    "One question over a frozen cache, or with None a generation over nothing.\n\n"
-    "capacity: query and answer tokens that it must hold. One thread at a time:\n"
-    "a second one is answered BusyError.");
+PyDoc_STRVAR(session_doc,
+             "Session(model, cache=None, *, capacity)\n--\n\n"
+             "One question over a frozen cache, or with None a generation over nothing.\n\n"
+             "capacity: query and answer tokens that it must hold. One thread at a time:\n"
+             "a second one is answered BusyError.");
 
 static PyMethodDef session_methods[] = {
     {"score", KEYWORD_METHOD(session_score), METH_VARARGS | METH_KEYWORDS, score_doc},
-    {"refill", KEYWORD_METHOD(session_refill), METH_VARARGS | METH_KEYWORDS,
-     refill_doc},
-    {"prefill", KEYWORD_METHOD(session_prefill), METH_VARARGS | METH_KEYWORDS,
-     prefill_doc},
+    {"refill", KEYWORD_METHOD(session_refill), METH_VARARGS | METH_KEYWORDS, refill_doc},
+    {"prefill", KEYWORD_METHOD(session_prefill), METH_VARARGS | METH_KEYWORDS, prefill_doc},
     {"next", KEYWORD_METHOD(session_next), METH_VARARGS | METH_KEYWORDS, next_doc},
     {"logits", (PyCFunction)session_logits, METH_NOARGS, logits_doc},
     {NULL, NULL, 0, NULL},

@@ -161,8 +161,7 @@ typedef struct dlpack_request {
   bool versioned, copy;
 } dlpack_request;
 
-static int read_pair(PyObject *object, const char *name, int64_t *first,
-                     int64_t *second) {
+static int read_pair(PyObject *object, const char *name, int64_t *first, int64_t *second) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2)
     return argument_refuse(object, name, "a tuple of two integers or None");
   if (argument_int64(PyTuple_GET_ITEM(object, 0), name, first) < 0) return -1;
@@ -184,8 +183,7 @@ static int read_request(PyObject *args, PyObject *kwargs, dlpack_request *reques
   if (stream != Py_None)
     PyErr_Format(PyExc_BufferError, "stream: got %R, expected None on the cpu", stream);
   else if (type != DLPACK_CPU || id != 0)
-    PyErr_Format(PyExc_BufferError, "dl_device: got %R, expected the cpu, (1, 0)",
-                 device);
+    PyErr_Format(PyExc_BufferError, "dl_device: got %R, expected the cpu, (1, 0)", device);
   else
     return 0;
   return -1;
@@ -200,8 +198,7 @@ static PyObject *tensor_dlpack(tensor_object *self, PyObject *args, PyObject *kw
   acre_array view;
   acre_buffer *owner;
   if (copy_view(self, &view, &owner) < 0) return NULL;
-  PyObject *capsule =
-      dlpack_export(&view, owner, request.versioned, DLPACK_FLAG_COPIED);
+  PyObject *capsule = dlpack_export(&view, owner, request.versioned, DLPACK_FLAG_COPIED);
   acre_buffer_release(owner);
   return capsule;
 }
@@ -253,27 +250,24 @@ PyDoc_STRVAR(numpy_doc,
              "numpy($self, /)\n--\n\n"
              "The tensor as a float32 array: a read-only view of float32 tensors, a\n"
              "converted copy of bfloat16 ones.");
-PyDoc_STRVAR(
-    dlpack_doc,
-    "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, "
-    "copy=None)\n--\n\n"
-    "A DLPack capsule: versioned and marked read-only from max_version (1, 0)\n"
-    "on, else a legacy one, which must be treated as read-only. copy=True gives\n"
-    "writable bytes of the consumer's own. Raises BufferError for a stream or a\n"
-    "device other than the cpu.");
+PyDoc_STRVAR(dlpack_doc,
+             "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, "
+             "copy=None)\n--\n\n"
+             "A DLPack capsule: versioned and marked read-only from max_version (1, 0)\n"
+             "on, else a legacy one, which must be treated as read-only. copy=True gives\n"
+             "writable bytes of the consumer's own. Raises BufferError for a stream or a\n"
+             "device other than the cpu.");
 PyDoc_STRVAR(device_doc,
              "__dlpack_device__($self, /)\n--\n\n"
              "(1, 0): the cpu.");
-PyDoc_STRVAR(
-    tensor_doc,
-    "A read-only view of a cache tensor [rows, g, d], made by Cache.view().\n\n"
-    "It keeps the bytes alive. Exports DLPack and the buffer protocol (bfloat16\n"
-    "there as uint16 bits).");
+PyDoc_STRVAR(tensor_doc,
+             "A read-only view of a cache tensor [rows, g, d], made by Cache.view().\n\n"
+             "It keeps the bytes alive. Exports DLPack and the buffer protocol (bfloat16\n"
+             "there as uint16 bits).");
 
 static PyMethodDef tensor_methods[] = {
     {"numpy", (PyCFunction)tensor_numpy, METH_NOARGS, numpy_doc},
-    {"__dlpack__", KEYWORD_METHOD(tensor_dlpack), METH_VARARGS | METH_KEYWORDS,
-     dlpack_doc},
+    {"__dlpack__", KEYWORD_METHOD(tensor_dlpack), METH_VARARGS | METH_KEYWORDS, dlpack_doc},
     {"__dlpack_device__", (PyCFunction)tensor_dlpack_device, METH_NOARGS, device_doc},
     {NULL, NULL, 0, NULL},
 };

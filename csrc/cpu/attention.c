@@ -1,20 +1,22 @@
 /* Softmax attention over [prefix | own] in one pass: no score matrix is ever stored.
  *
- * Keys are taken in tiles of 64 that start at multiples of 64 of their segment. For each
- * tile a row keeps a running maximum, a sum and an unnormalised output (kernels.h, softmax),
- * so its result depends on its own keys alone: not on the other rows, nor on the threads.
+ * Keys are taken in tiles of 64 that start at multiples of 64 of their segment. For
+ * each tile a row keeps a running maximum, a sum and an unnormalised output (kernels.h,
+ * softmax), so its result depends on its own keys alone: not on the other rows, nor on
+ * the threads.
  *
- * Several rows: a task is a KV head and 96 (row, head) pairs, which share the tile; scores
- * and weighted values both come from the tile kernel. One row: a task is a KV head and a
- * run of tiles; the runs, whose number depends on the key count only, are joined in order. */
+ * Several rows: a task is a KV head and 96 (row, head) pairs, which share the tile;
+ * scores and weighted values both come from the tile kernel. One row: a task is a KV
+ * head and a run of tiles; the runs, whose number depends on the key count only, are
+ * joined in order. */
 #include "attention.h"
 
 #include <math.h>
 
 #define TILE ACRE_KEY_TILE
-#define SPLITS 64      /* most runs of tiles of one decoded row */
-#define SPLIT_TILES 4  /* least tiles of a run */
-#define UNIT_HEADS 32  /* query heads of one task of a decoded row */
+#define SPLITS 64     /* most runs of tiles of one decoded row */
+#define SPLIT_TILES 4 /* least tiles of a run */
+#define UNIT_HEADS 32 /* query heads of one task of a decoded row */
 
 /* ---------------------------------------------------------------- tiles */
 
@@ -65,7 +67,7 @@ typedef struct attend_job {
   const acre_heads *heads;
   int64_t group; /* query heads per KV head */
   float scale;
-  int64_t items;                                 /* several rows: pairs of a task */
+  int64_t items;                                /* several rows: pairs of a task */
   int64_t unit_first, units, splits, run, slot; /* one row, see below */
 } attend_job;
 
@@ -107,7 +109,8 @@ typedef struct block {
 } block;
 
 _Static_assert((2 * ACRE_ITEMS + 3 * TILE) * ACRE_HEAD_DIM_MAX + ACRE_ROWS_LIMIT * TILE +
-                       4 * ACRE_ITEMS <= ACRE_WORKER_FLOATS,
+                       4 * ACRE_ITEMS <=
+                   ACRE_WORKER_FLOATS,
                "scratch is too small");
 
 /* Narrow heads leave room for twice the items: a tile's loading is shared by more. */
@@ -162,9 +165,9 @@ static void end_items(const attend_job *job, const block *b, int64_t kv_head, in
   }
 }
 
-/* At most tile_rows items, `item` the first of them in the KV head, against one tile. Rows
- * that see differently many keys are weighted apart, so that what one row must not see
- * never meets its sums, not even as a zero times it. */
+/* At most tile_rows items, `item` the first of them in the KV head, against one tile.
+ * Rows that see differently many keys are weighted apart, so that what one row must not
+ * see never meets its sums, not even as a zero times it. */
 static void attend_rows(const attend_job *job, const block *b, const key_tile *tile,
                         const float *values, int64_t v_stride, int64_t item, int64_t i,
                         int64_t count) {
@@ -225,11 +228,16 @@ static void attend_many(attend_job *job) {
 
 /* ---------------------------------------------------------------- one row */
 
-/* A unit is a KV head and at most 32 of its query heads. Unit u, run s keeps, in the shared
- * scratch, for each of its heads: maximum, sum, output[padded(d)]. */
+/* A unit is a KV head and at most 32 of its query heads. */
 typedef struct unit {
   int64_t kv_head, head, heads; /* query heads [head, head + heads) */
 } unit;
+
+/* What a unit keeps of a run of tiles, in the shared scratch. */
+typedef struct partial {
+  float *max, *sum; /* [heads] */
+  float *o;         /* [heads][padded(d)] */
+} partial;
 
 static unit unit_at(const attend_job *job, int64_t index) {
   int64_t per_kv = acre_ceil_div(job->group, UNIT_HEADS);
@@ -238,41 +246,44 @@ static unit unit_at(const attend_job *job, int64_t index) {
                 acre_min(UNIT_HEADS, job->group - within)};
 }
 
-static float *partial_at(const attend_job *job, int64_t unit_index, int64_t split) {
-  return job->queue->shared +
-         ((unit_index - job->unit_first) * job->splits + split) * job->slot;
+static partial partial_at(const attend_job *job, int64_t unit_index, int64_t split,
+                          int64_t heads) {
+  int64_t slot = (unit_index - job->unit_first) * job->splits + split;
+  float *max = job->queue->shared + slot * job->slot;
+  return (partial){max, max + heads, max + 2 * heads};
 }
 
 static void decode_tile(const attend_job *job, const unit *u, const key_tile *tile,
-                        float *scratch, float *partial, int32_t queries_stride,
-                        const float *queries) {
+                        float *scratch, const partial *p, const float *queries) {
   const acre_kernels *kernels = job->queue->kernels;
-  const acre_heads *heads = job->heads;
-  int64_t padded = acre_padded(heads->head_dim), stride, v_stride;
-  float *s = scratch, *rows = s + UNIT_HEADS * TILE;
-  const float *keys = acre_cpu_load_rows(kernels, rows, &stride, tile->keys->rotated,
-                                         tile->first, tile->count, u->kv_head, heads);
-  for (int64_t c = 0; c < u->heads; c++) {
-    float *state = partial + c * (padded + 2);
-    kernels->dots(s + c * TILE, queries + c * queries_stride, keys, stride, tile->count,
-                  padded);
-    float factor;
-    kernels->softmax(s + c * TILE, tile_bias(tile), 1, tile->count, job->scale, &state[0],
-                     &state[1], &factor);
-    if (factor != 1.0f) kernels->scale(state + 2, factor, padded);
-  }
-  const float *values = acre_cpu_load_rows(kernels, rows, &v_stride, tile->keys->values,
-                                           tile->first, tile->count, u->kv_head, heads);
-  for (int64_t c = 0; c < u->heads; c += kernels->tile_rows)
-    kernels->tile(partial + c * (padded + 2) + 2, padded + 2, s + c * TILE, TILE, values,
-                  v_stride, ACRE_PANEL, acre_min(kernels->tile_rows, u->heads - c),
+  int64_t padded = acre_padded(job->heads->head_dim), stride, v_stride;
+  float *s = scratch, *key_rows = s + ACRE_ROWS_LIMIT * TILE;
+  float *value_rows = key_rows + TILE * padded;
+  const float *keys = acre_cpu_load_rows(kernels, key_rows, &stride, tile->keys->rotated,
+                                         tile->first, tile->count, u->kv_head, job->heads);
+  const float *values =
+      acre_cpu_load_rows(kernels, value_rows, &v_stride, tile->keys->values, tile->first,
+                         tile->count, u->kv_head, job->heads);
+  for (int64_t c = 0; c < u->heads; c += kernels->tile_rows) {
+    int64_t rows = acre_min(kernels->tile_rows, u->heads - c);
+    float factor[ACRE_ROWS_LIMIT];
+    for (int64_t r = 0; r < rows; r++)
+      kernels->dots(s + r * TILE, queries + (c + r) * padded, keys, stride, tile->count,
+                    padded);
+    kernels->softmax(s, tile_bias(tile), rows, tile->count, job->scale, p->max + c,
+                     p->sum + c, factor);
+    for (int64_t r = 0; r < rows; r++)
+      if (factor[r] != 1.0f) kernels->scale(p->o + (c + r) * padded, factor[r], padded);
+    kernels->tile(p->o + c * padded, padded, s, TILE, values, v_stride, ACRE_PANEL, rows,
                   padded / ACRE_PANEL, tile->count, true);
+  }
 }
 
-_Static_assert(UNIT_HEADS * TILE + TILE * ACRE_HEAD_DIM_MAX +
-                       UNIT_HEADS * ACRE_HEAD_DIM_MAX <= ACRE_WORKER_FLOATS,
+_Static_assert(ACRE_ROWS_LIMIT *TILE + 2 * TILE * ACRE_HEAD_DIM_MAX +
+                       UNIT_HEADS * ACRE_HEAD_DIM_MAX <=
+                   ACRE_WORKER_FLOATS,
                "scratch is too small");
-_Static_assert(SPLITS * UNIT_HEADS * (ACRE_HEAD_DIM_MAX + 2) <= ACRE_SHARED_FLOATS,
+_Static_assert(SPLITS *UNIT_HEADS *(ACRE_HEAD_DIM_MAX + 2) <= ACRE_SHARED_FLOATS,
                "shared scratch is too small for one unit");
 
 static void decode_task(void *context, int64_t index, int32_t worker) {
@@ -280,49 +291,52 @@ static void decode_task(void *context, int64_t index, int32_t worker) {
   int64_t d = job->heads->head_dim, padded = acre_padded(d);
   int64_t unit_index = job->unit_first + index / job->splits, split = index % job->splits;
   unit u = unit_at(job, unit_index);
-  float *partial = partial_at(job, unit_index, split);
+  partial p = partial_at(job, unit_index, split, u.heads);
   float *queries = acre_cpu_scratch(job->queue, worker);
-  float *scratch = queries + UNIT_HEADS * ACRE_HEAD_DIM_MAX;
-  memset(partial, 0, (size_t)(u.heads * (padded + 2)) * sizeof(float));
+  float *scratch = queries + UNIT_HEADS * padded;
+  memset(p.sum, 0, (size_t)(u.heads * (padded + 1)) * sizeof(float)); /* and o */
   memset(queries, 0, (size_t)(u.heads * padded) * sizeof(float));
   for (int64_t c = 0; c < u.heads; c++) {
-    partial[c * (padded + 2)] = -INFINITY;
+    p.max[c] = -INFINITY;
     memcpy(queries + c * padded, job->q + (u.head + c) * d, (size_t)d * sizeof(float));
   }
   int64_t end = acre_min((split + 1) * job->run, job->tiles[0] + job->tiles[1]);
   for (int64_t t = split * job->run; t < end; t++) {
     key_tile tile = tile_at(job, t, 0);
-    decode_tile(job, &u, &tile, scratch, partial, (int32_t)padded, queries);
+    decode_tile(job, &u, &tile, scratch, &p, queries);
   }
 }
 
-/* Joins the runs of one head, in order. */
-static void join_head(const attend_job *job, const float *states, float *out) {
+/* Joins the runs of head c of a unit: a softmax over their maxima gives their
+ * weights. */
+static void join_head(const attend_job *job, const partial *first, int64_t c,
+                      float *scratch, float *out) {
   const acre_kernels *kernels = job->queue->kernels;
-  int64_t d = job->heads->head_dim;
-  float max = -INFINITY, sum = 0.0f;
-  for (int64_t s = 0; s < job->splits; s++)
-    if (states[s * job->slot] > max) max = states[s * job->slot];
-  float origin = max == -INFINITY ? 0.0f : max;
-  memset(out, 0, (size_t)d * sizeof(float));
+  int64_t d = job->heads->head_dim, padded = acre_padded(d);
+  float weights[TILE], sums[TILE] = {0}, max = -INFINITY, sum = 0.0f, factor;
   for (int64_t s = 0; s < job->splits; s++) {
-    const float *state = states + s * job->slot;
-    float weight = acre_exp(state[0] - origin);
-    sum += state[1] * weight;
-    for (int64_t x = 0; x < d; x++) out[x] += state[2 + x] * weight;
+    weights[s] = first->max[s * job->slot + c];
+    sums[s] = first->sum[s * job->slot + c];
   }
-  kernels->scale(out, sum == 0.0f ? 0.0f : 1.0f / sum, d);
+  kernels->softmax(weights, NULL, 1, job->splits, 1.0f, &max, &sum, &factor);
+  kernels->dots(&sum, weights, sums, TILE, 1, TILE);
+  kernels->tile(scratch, padded, weights, TILE, first->o + c * padded, job->slot,
+                ACRE_PANEL, 1, padded / ACRE_PANEL, job->splits, false);
+  kernels->scale(scratch, sum == 0.0f ? 0.0f : 1.0f / sum, d);
+  memcpy(out, scratch, (size_t)d * sizeof(float));
 }
 
 static void join_task(void *context, int64_t index, int32_t worker) {
-  (void)worker;
   const attend_job *job = context;
-  int64_t d = job->heads->head_dim, unit_index = job->unit_first + index;
+  int64_t unit_index = job->unit_first + index;
   unit u = unit_at(job, unit_index);
-  const float *partial = partial_at(job, unit_index, 0);
+  partial first = partial_at(job, unit_index, 0, u.heads);
+  float *scratch = acre_cpu_scratch(job->queue, worker);
   for (int64_t c = 0; c < u.heads; c++)
-    join_head(job, partial + c * (acre_padded(d) + 2), job->out + (u.head + c) * d);
+    join_head(job, &first, c, scratch, job->out + (u.head + c) * job->heads->head_dim);
 }
+
+_Static_assert(SPLITS <= TILE, "the runs' weights must fit one softmax");
 
 static void attend_one(attend_job *job) {
   int64_t tiles = job->tiles[0] + job->tiles[1];
@@ -343,7 +357,7 @@ static void attend_one(attend_job *job) {
 
 void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const float *q,
                      int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                     int64_t seen, int64_t rows, const acre_heads *heads) {
+                     int64_t seen, int64_t rows, bool split, const acre_heads *heads) {
   if (rows <= 0) return;
   attend_job job = {.queue = queue,
                     .out = out,
@@ -359,7 +373,7 @@ void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const fl
   job.segment[1] = *own;
   job.tiles[0] = acre_ceil_div(job.segment[0].count, TILE);
   job.tiles[1] = acre_ceil_div(seen + rows, TILE);
-  if (rows == 1)
+  if (split && rows == 1)
     attend_one(&job);
   else
     attend_many(&job);

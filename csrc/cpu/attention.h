@@ -16,8 +16,8 @@ const float *acre_cpu_load_rows(const acre_kernels *kernels, float *to, int64_t 
                                 const void *data, int64_t first, int64_t rows, int64_t head,
                                 const acre_heads *heads);
 
-/* The same rows as panels of 16 keys, [ceil(rows / 16)][d][16]; `rows_scratch` holds them
- * row by row in between. */
+/* The same rows as panels of 16 keys, [ceil(rows / 16)][d][16]; `rows_scratch` holds
+ * them row by row in between. */
 void acre_cpu_load_panels(const acre_kernels *kernels, float *panels, float *rows_scratch,
                           const void *data, int64_t first, int64_t rows, int64_t head,
                           const acre_heads *heads);

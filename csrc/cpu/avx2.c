@@ -1,7 +1,8 @@
-/* The AVX2 table: the template with 8 lanes, and the transposition, which is all shuffles.
+/* The AVX2 table: the template with 8 lanes, and the transposition, which is all
+ * shuffles.
  *
- * Instructions are enabled here and not by the build, so that every file of the library is
- * compiled with the same flags. */
+ * Instructions are enabled here and not by the build, so that every file of the library
+ * is compiled with the same flags. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -41,7 +42,8 @@ static void transpose_8x8(float *to, int64_t to_stride, const float *from, int64
   }
 }
 
-static void transpose(float *b, const float *keys, int64_t stride, int64_t rows, int64_t k) {
+static void transpose(float *b, const float *keys, int64_t stride, int64_t rows,
+                      int64_t k) {
   int64_t first = 0;
   if (rows == ACRE_PANEL)
     for (; first + 8 <= k; first += 8) {

@@ -2,7 +2,8 @@
  *
  * Matrices and attention have files of their own; here are memory, the queue, and the
  * operations on rows. Work is shared out by rows in pieces that are worth a thread's
- * attention; a row is always computed by one thread, so results do not depend on threads. */
+ * attention; a row is always computed by one thread, so results do not depend on
+ * threads. */
 #include "cpu.h"
 #include "matmul.h"
 
@@ -60,7 +61,8 @@ static void queue_close(acre_queue *queue) {
   acre_free(queue);
 }
 
-/* Scratch is not on the account: it is no buffer, and pages never used take no memory. */
+/* Scratch is not on the account: it is no buffer, and pages never used take no
+ * memory. */
 static acre_status queue_open(acre_backend *backend, acre_queue **out, acre_error *error) {
   *out = NULL;
   cpu_backend *cpu = (cpu_backend *)backend;
@@ -132,8 +134,8 @@ static void copy_part(const rows_job *job, int64_t first, int64_t count) {
 
 static void copy_bytes(acre_queue *queue, void *dst, const void *src, size_t bytes) {
   if (!bytes) return;
-  rows_job job = {.task = copy_part, .rows = (int64_t)bytes, .step = COPY_GRAIN, .y = dst,
-                  .x = src};
+  rows_job job = {
+      .task = copy_part, .rows = (int64_t)bytes, .step = COPY_GRAIN, .y = dst, .x = src};
   acre_pool_run(queue->pool, run_some_rows, &job, acre_ceil_div(job.rows, job.step));
 }
 
@@ -150,7 +152,8 @@ static void copy_some_spans(const rows_job *job, int64_t first, int64_t count) {
   for (int64_t i = first; i < first + count; i++) {
     size_t bytes = (size_t)spans[i].rows * job->bytes;
     if (bytes && bytes < COPY_GRAIN)
-      memcpy((char *)job->y + (size_t)spans[i].dst_row * job->bytes, spans[i].source, bytes);
+      memcpy((char *)job->y + (size_t)spans[i].dst_row * job->bytes, spans[i].source,
+             bytes);
   }
 }
 
@@ -162,20 +165,20 @@ static void copy_rows(acre_queue *queue, void *dst, const acre_span *spans, int6
       copy_bytes(queue, (char *)dst + (size_t)spans[i].dst_row * row_bytes, spans[i].source,
                  bytes);
   }
-  rows_job job = {.task = copy_some_spans, .rows = count, .y = dst, .x = spans,
-                  .bytes = row_bytes};
+  rows_job job = {
+      .task = copy_some_spans, .rows = count, .y = dst, .x = spans, .bytes = row_bytes};
   run_rows(queue, &job, count ? spans[0].rows * (int64_t)row_bytes / 4 : 0);
 }
 
-/* ---------------------------------------------------------------- rows of activations */
+/* -------------------------------------------------------------- rows of activations */
 
 static void embed_some(const rows_job *job, int64_t first, int64_t count) {
   int64_t width = job->width;
   size_t row_bytes = (size_t)width * acre_dtype_size(job->dtype);
   for (int64_t i = first; i < first + count; i++) {
     int64_t id = job->index[i];
-    const char *row = id == job->vocab ? job->other
-                                       : (const char *)job->table + (size_t)id * row_bytes;
+    const char *row =
+        id == job->vocab ? job->other : (const char *)job->table + (size_t)id * row_bytes;
     float *y_i = (float *)job->y + i * width;
     if (job->dtype == ACRE_BF16)
       job->kernels->widen(y_i, (const uint16_t *)row, width);
@@ -187,8 +190,15 @@ static void embed_some(const rows_job *job, int64_t first, int64_t count) {
 static void embed(acre_queue *queue, float *x, const int32_t *ids, const void *table,
                   const void *l1_row, int64_t rows, int64_t vocab, int64_t width,
                   acre_dtype dtype) {
-  rows_job job = {.task = embed_some, .rows = rows, .y = x, .index = ids, .table = table,
-                  .other = l1_row, .vocab = vocab, .width = width, .dtype = dtype};
+  rows_job job = {.task = embed_some,
+                  .rows = rows,
+                  .y = x,
+                  .index = ids,
+                  .table = table,
+                  .other = l1_row,
+                  .vocab = vocab,
+                  .width = width,
+                  .dtype = dtype};
   run_rows(queue, &job, width);
 }
 
@@ -201,8 +211,13 @@ static void rmsnorm_some(const rows_job *job, int64_t first, int64_t count) {
 
 static void rmsnorm(acre_queue *queue, float *y, const float *x, const float *gain,
                     double eps, int64_t rows, int64_t width) {
-  rows_job job = {.task = rmsnorm_some, .rows = rows, .y = y, .x = x, .gain = gain,
-                  .eps = eps, .width = width};
+  rows_job job = {.task = rmsnorm_some,
+                  .rows = rows,
+                  .y = y,
+                  .x = x,
+                  .gain = gain,
+                  .eps = eps,
+                  .width = width};
   run_rows(queue, &job, width);
 }
 
@@ -216,8 +231,14 @@ static void gather_some(const rows_job *job, int64_t first, int64_t count) {
 static void gather_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
                         int64_t x_stride, const int32_t *index, int64_t rows,
                         int64_t width) {
-  rows_job job = {.task = gather_some, .rows = rows, .y = y, .y_stride = y_stride, .x = x,
-                  .x_stride = x_stride, .index = index, .width = width};
+  rows_job job = {.task = gather_some,
+                  .rows = rows,
+                  .y = y,
+                  .y_stride = y_stride,
+                  .x = x,
+                  .x_stride = x_stride,
+                  .index = index,
+                  .width = width};
   run_rows(queue, &job, width);
 }
 
@@ -230,8 +251,14 @@ static void scatter_some(const rows_job *job, int64_t first, int64_t count) {
 static void scatter_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
                          int64_t x_stride, const int32_t *index, int64_t rows,
                          int64_t width) {
-  rows_job job = {.task = scatter_some, .rows = rows, .y = y, .y_stride = y_stride, .x = x,
-                  .x_stride = x_stride, .index = index, .width = width};
+  rows_job job = {.task = scatter_some,
+                  .rows = rows,
+                  .y = y,
+                  .y_stride = y_stride,
+                  .x = x,
+                  .x_stride = x_stride,
+                  .index = index,
+                  .width = width};
   run_rows(queue, &job, width);
 }
 
@@ -249,7 +276,7 @@ static void swiglu(acre_queue *queue, float *y, const float *gate_up, int64_t ro
   run_rows(queue, &job, 4 * ffn);
 }
 
-/* ---------------------------------------------------------------- rotation, timeline */
+/* --------------------------------------------------------------- rotation, timeline */
 
 static void rope_some(const rows_job *job, int64_t first, int64_t count) {
   int64_t half = job->head_dim / 2;
@@ -265,8 +292,15 @@ static void rope_some(const rows_job *job, int64_t first, int64_t count) {
 static void rope(acre_queue *queue, float *x, int64_t x_stride, const float *cos,
                  const float *sin, int64_t position, int64_t rows, int64_t heads,
                  int64_t head_dim) {
-  rows_job job = {.task = rope_some, .rows = rows, .y = x, .x_stride = x_stride, .cos = cos,
-                  .sin = sin, .position = position, .heads = heads, .head_dim = head_dim};
+  rows_job job = {.task = rope_some,
+                  .rows = rows,
+                  .y = x,
+                  .x_stride = x_stride,
+                  .cos = cos,
+                  .sin = sin,
+                  .position = position,
+                  .heads = heads,
+                  .head_dim = head_dim};
   run_rows(queue, &job, heads * head_dim);
 }
 
@@ -305,10 +339,20 @@ static void store_kv(acre_queue *queue, void *raw, void *rotated, void *values,
                      const float *k, const float *v, int64_t kv_stride, const float *cos,
                      const float *sin, int64_t position, int64_t rows,
                      const acre_heads *heads) {
-  rows_job job = {.task = store_kv_some, .rows = rows, .raw = raw, .y = rotated,
-                  .values = values, .x = k, .other = v, .x_stride = kv_stride, .cos = cos,
-                  .sin = sin, .position = position, .heads = heads->kv_heads,
-                  .head_dim = heads->head_dim, .dtype = heads->dtype};
+  rows_job job = {.task = store_kv_some,
+                  .rows = rows,
+                  .raw = raw,
+                  .y = rotated,
+                  .values = values,
+                  .x = k,
+                  .other = v,
+                  .x_stride = kv_stride,
+                  .cos = cos,
+                  .sin = sin,
+                  .position = position,
+                  .heads = heads->kv_heads,
+                  .head_dim = heads->head_dim,
+                  .dtype = heads->dtype};
   run_rows(queue, &job, 2 * heads->kv_heads * heads->head_dim);
 }
 
@@ -333,9 +377,16 @@ static void rotate_some(const rows_job *job, int64_t first, int64_t count) {
 static void rotate(acre_queue *queue, void *rotated, const void *raw, const float *cos,
                    const float *sin, int64_t position, int64_t rows,
                    const acre_heads *heads) {
-  rows_job job = {.task = rotate_some, .rows = rows, .y = rotated, .x = raw, .cos = cos,
-                  .sin = sin, .position = position, .heads = heads->kv_heads,
-                  .head_dim = heads->head_dim, .dtype = heads->dtype};
+  rows_job job = {.task = rotate_some,
+                  .rows = rows,
+                  .y = rotated,
+                  .x = raw,
+                  .cos = cos,
+                  .sin = sin,
+                  .position = position,
+                  .heads = heads->kv_heads,
+                  .head_dim = heads->head_dim,
+                  .dtype = heads->dtype};
   run_rows(queue, &job, heads->kv_heads * heads->head_dim);
 }
 
@@ -367,64 +418,14 @@ static void pool_some(const rows_job *job, int64_t first, int64_t count) {
 
 static void pool_rows(acre_queue *queue, void *dst, const void *const *sources,
                       int64_t count, int64_t l, int64_t width, acre_dtype dtype) {
-  rows_job job = {.task = pool_some, .rows = count, .y = dst, .x = sources, .x_stride = l,
-                  .width = width, .dtype = dtype};
+  rows_job job = {.task = pool_some,
+                  .rows = count,
+                  .y = dst,
+                  .x = sources,
+                  .x_stride = l,
+                  .width = width,
+                  .dtype = dtype};
   run_rows(queue, &job, l * width);
-}
-
-/* ---------------------------------------------------------------- top-k */
-
-/* a is chosen before b: higher score, then lower index; NaN below everything. */
-static bool before(const float *scores, int32_t a, int32_t b) {
-  float x = isnan(scores[a]) ? -INFINITY : scores[a];
-  float y = isnan(scores[b]) ? -INFINITY : scores[b];
-  if (x != y) return x > y;
-  if (isnan(scores[a]) != isnan(scores[b])) return isnan(scores[b]);
-  return a < b;
-}
-
-/* Order of the heap's root: the worst of the chosen, or the highest index. */
-static bool above(const float *scores, int32_t a, int32_t b) {
-  return scores ? before(scores, b, a) : a > b;
-}
-
-static void sift(int32_t *heap, int64_t count, int64_t at, const float *scores) {
-  int32_t moved = heap[at];
-  for (;;) {
-    int64_t child = 2 * at + 1;
-    if (child >= count) break;
-    if (child + 1 < count && above(scores, heap[child + 1], heap[child])) child++;
-    if (!above(scores, heap[child], moved)) break;
-    heap[at] = heap[child];
-    at = child;
-  }
-  heap[at] = moved;
-}
-
-static void heapify(int32_t *heap, int64_t count, const float *scores) {
-  for (int64_t i = count / 2; i-- > 0;) sift(heap, count, i, scores);
-}
-
-/* The answer itself is the heap of the best so far; then it is heap-sorted by index. */
-static void topk(acre_queue *queue, int32_t *groups, const float *scores, int64_t m,
-                 int64_t k) {
-  (void)queue;
-  k = acre_min(k, m);
-  if (k <= 0) return;
-  for (int64_t i = 0; i < k; i++) groups[i] = (int32_t)i;
-  heapify(groups, k, scores);
-  for (int64_t i = k; i < m; i++) {
-    if (!before(scores, (int32_t)i, groups[0])) continue;
-    groups[0] = (int32_t)i;
-    sift(groups, k, 0, scores);
-  }
-  heapify(groups, k, NULL);
-  for (int64_t end = k - 1; end > 0; end--) {
-    int32_t highest = groups[0];
-    groups[0] = groups[end];
-    groups[end] = highest;
-    sift(groups, end, 0, NULL);
-  }
 }
 
 /* ---------------------------------------------------------------- table */
@@ -462,7 +463,6 @@ static const acre_backend_ops cpu_ops = {
     .pool = pool_rows,
     .attend = acre_cpu_attend,
     .score = acre_cpu_score,
-    .topk = topk,
 };
 
 /* The features that a name allows, or a refusal. */
@@ -470,9 +470,8 @@ static acre_status choose_features(uint32_t *features, const char *isa, acre_err
   static const struct {
     const char *name;
     uint32_t allowed;
-  } rungs[] = {{"scalar", 0},
-               {"avx2", ACRE_CPU_AVX2},
-               {"avx512", ACRE_CPU_AVX2 | ACRE_CPU_AVX512}};
+  } rungs[] = {
+      {"scalar", 0}, {"avx2", ACRE_CPU_AVX2}, {"avx512", ACRE_CPU_AVX2 | ACRE_CPU_AVX512}};
   *features = acre_cpu_features();
   if (!isa) return ACRE_OK;
   for (int64_t i = 0; i < ACRE_COUNT(rungs); i++) {

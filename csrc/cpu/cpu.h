@@ -1,7 +1,8 @@
 /* What the files of the CPU backend share: the backend, a queue and its scratch.
  *
- * Operations run at once on the caller and the pool, so a queue is only scratch memory. Its
- * size is constant: nothing is allocated after queue_open and no operation can fail. */
+ * Operations run at once on the caller and the pool, so a queue is only scratch memory.
+ * Its size is constant: nothing is allocated after queue_open and no operation can
+ * fail. */
 #ifndef ACRE_CPU_H
 #define ACRE_CPU_H
 
@@ -10,8 +11,8 @@
 #include "../pool.h"
 #include "kernels.h"
 
-/* Lives until it is destroyed and its last buffer is gone: a buffer's bytes are taken off
- * the account when it is freed. */
+/* Lives until it is destroyed and its last buffer is gone: a buffer's bytes are taken
+ * off the account when it is freed. */
 typedef struct cpu_backend {
   acre_backend base;
   acre_kernels kernels;
@@ -20,7 +21,7 @@ typedef struct cpu_backend {
 } cpu_backend;
 
 #define ACRE_HEAD_DIM_MAX 512
-#define ACRE_WORKER_FLOATS (204 * 1024) /* scratch of one worker */
+#define ACRE_WORKER_FLOATS (204 * 1024)  /* scratch of one worker */
 #define ACRE_SHARED_FLOATS (1100 * 1024) /* scratch that all workers see */
 
 struct acre_queue {
@@ -45,12 +46,13 @@ void acre_cpu_matrix_release(acre_matrix *matrix);
 void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *host,
                           bool *finite);
 void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const float *x,
-                     const acre_matrix *W, const float *bias, int64_t rows, bool accumulate);
+                     const acre_matrix *W, const float *bias, int64_t rows,
+                     bool accumulate);
 
 /* attention.c */
 void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const float *q,
                      int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                     int64_t seen, int64_t rows, const acre_heads *heads);
+                     int64_t seen, int64_t rows, bool split, const acre_heads *heads);
 /* score.c */
 void acre_cpu_score(acre_queue *queue, float *scores, const float *q, int64_t q_stride,
                     const void *keys, const uint8_t *use, int64_t t, int64_t m,

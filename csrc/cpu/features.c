@@ -1,4 +1,5 @@
-/* Asks the processor and the system (which must save the wide registers) once per call. */
+/* Asks the processor and the system (which must save the wide registers) once per
+ * call. */
 #include "features.h"
 
 uint32_t acre_cpu_features(void) {

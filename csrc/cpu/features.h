@@ -1,4 +1,5 @@
-/* What this processor offers, as bits: an argument of the kernel table, never a global. */
+/* What this processor offers, as bits: an argument of the kernel table, never a
+ * global. */
 #ifndef ACRE_CPU_FEATURES_H
 #define ACRE_CPU_FEATURES_H
 

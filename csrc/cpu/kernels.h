@@ -1,30 +1,32 @@
-/* Leaf kernels: what one core does to a few rows. No allocation, no threads, no failure.
+/* Leaf kernels: what one core does to a few rows. They neither allocate nor fail.
  *
- * The table is filled with the scalar reference first and overridden by a ladder, so no slot
- * is ever empty. Every version of a kernel gives the reference's bits, because the order of
- * operations below is part of the contract:
+ * The table is filled with the scalar reference first and overridden by a ladder, so no
+ * slot is ever empty. Every version of a kernel gives the reference's bits, because the
+ * order of operations below is part of the contract:
  *   chain   one fused multiply-add after another, in index order
- *   tree    16 lanes, lane i takes the elements c with c mod 16 == i (chains, from 0); then
- *           lanes i and i+8 are added, i and i+4, i and i+2, i and i+1
+ *   tree    16 lanes; lane i takes the elements c with c mod 16 == i (chains, from 0);
+ *           then lanes i and i+8 are added, i and i+4, i and i+2, i and i+1
  * Formulas name each fused operation, so a compiler that contracts a*b+c cannot change
- * them; the builds pass -ffp-contract=off all the same. Where a NaN comes in a NaN comes
- * out, but which one, and so its bits, is not promised.
+ * them; the builds pass -ffp-contract=off all the same. Where a NaN comes in a NaN
+ * comes out, but which one, and so its bits, is not promised.
  *
  * Packed weights: panels of 16 output columns j.
- *   f32   [N/16][K][16]
- *   bf16  [N/16][ceil(K/2)][16][2]: pairs (c, c+1) side by side, so that one shift or one
- *         mask widens 16 columns, and a dot-product instruction for pairs reads the same.
+ *   f32     [N/16][K][16]
+ *   bf16    [N/16][ceil(K/2)][16][2]: pairs (c, c+1) side by side, so that one shift or
+ *           one mask widens 16 columns, and a dot-product instruction for pairs reads
+ *           the same bytes
  * Columns beyond N and the odd last c are zero. */
 #ifndef ACRE_CPU_KERNELS_H
 #define ACRE_CPU_KERNELS_H
 
 #include "../base.h"
+#include "../bf16.h"
 #include "features.h"
 
 #include <string.h>
 
-#define ACRE_PANEL 16     /* output columns of a packed panel; lanes of a tree */
-#define ACRE_KEY_TILE 64  /* keys that attention takes at once */
+#define ACRE_PANEL 16      /* output columns of a packed panel; lanes of a tree */
+#define ACRE_KEY_TILE 64   /* keys that attention takes at once */
 #define ACRE_ROWS_LIMIT 16 /* no table's tile_rows exceeds it */
 
 typedef struct acre_kernels {
@@ -32,9 +34,9 @@ typedef struct acre_kernels {
   int64_t tile_rows;   /* most rows of one tile call */
   int64_t tile_panels; /* panels per tile call that fill the registers at tile_rows */
 
-  /* c[i, j] = (add ? c[i, j] : 0) + sum over x < k of a[i, x] * b[x, j], a chain over x.
-   * i < rows <= tile_rows; j < 16 * panels, where panel p of b is b + p * panel_stride,
-   * [k][16] with row stride b_stride. Strides in elements. */
+  /* c[i, j] = (add ? c[i, j] : 0) + sum over x < k of a[i, x] * b[x, j], a chain over
+   * x; i < rows <= tile_rows, j < 16 * panels. Panel p of b is [k][16] with row stride
+   * b_stride and begins at b + p * panel_stride. Strides in elements. */
   void (*tile)(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b,
                int64_t b_stride, int64_t panel_stride, int64_t rows, int64_t panels,
                int64_t k, bool add);
@@ -47,7 +49,7 @@ typedef struct acre_kernels {
   /* b[x][j] = keys[j][x], j < 16, x < k; zero where j >= rows. b [k][16]. */
   void (*transpose)(float *b, const float *keys, int64_t stride, int64_t rows, int64_t k);
 
-  /* y = float32(bfloat16(x)); y = float32(x); y = bfloat16(x). To nearest, ties to even. */
+  /* y = float32(bfloat16(x)); y = float32(x); y = bfloat16(x). Ties to even. */
   void (*round)(float *y, const float *x, int64_t n);
   void (*widen)(float *y, const uint16_t *x, int64_t n);
   void (*narrow)(uint16_t *y, const float *x, int64_t n);
@@ -57,15 +59,15 @@ typedef struct acre_kernels {
   /* y *= factor. */
   void (*scale)(float *y, float factor, int64_t n);
 
-  /* s[j] = sum over x < k of q[x] * keys[j][x], a tree; j < rows, k a multiple of 16. */
+  /* s[j] = sum over x < k of q[x] * keys[j][x], a tree; j < rows, 16 divides k. */
   void (*dots)(float *s, const float *q, const float *keys, int64_t stride, int64_t rows,
                int64_t k);
-  /* One step of the online softmax of `rows` <= tile_rows rows, each over n <= 64 logits:
-   * l_j = fma(s_j, scale, bias_j) (bias nullable: 0); max becomes max(max, l); s_j becomes
-   * exp(l_j - max), and zero for j in [n, 64); sum = fma(sum, factor, tree sum of s), where
-   * factor = exp(old max - max) is what the row's earlier results must be scaled by. A
-   * maximum of -infinity counts as 0, so that nothing seen stays nothing.
-   * s [rows][64]; max, sum, factor [rows]. */
+  /* One step of the online softmax of `rows` <= tile_rows rows, each over n <= 64
+   * logits: l_j = fma(s_j, scale, bias_j) (bias nullable: 0); max becomes max(max, l);
+   * s_j becomes exp(l_j - max), and zero for j in [n, 64); sum = fma(sum, factor, tree
+   * sum of s), where factor = exp(old max - max) is what the row's earlier results must
+   * be scaled by. A maximum of -infinity counts as 0, so that nothing seen stays
+   * nothing. s [rows][64]; max, sum, factor [rows]. */
   void (*softmax)(float *s, const float *bias, int64_t rows, int64_t n, float scale,
                   float *max, float *sum, float *factor);
   /* total[j] = fma(exp(s[j] * scale - max), weight, total[j]). */
@@ -91,28 +93,8 @@ void acre_kernels_avx512(acre_kernels *table, uint32_t features);
 
 /* ---------------------------------------------------------------- shared arithmetic */
 
-static inline uint32_t acre_bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-static inline float acre_from_bits(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-static inline float acre_from_bf16(uint16_t x) { return acre_from_bits((uint32_t)x << 16); }
-
-static inline uint16_t acre_to_bf16(float x) {
-  uint32_t u = acre_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u); /* quiet NaN */
-  return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-/* exp(x), error < 1.1 ulp on [ACRE_EXP_LOW, ACRE_EXP_HIGH]; below it 0 (never a denormal),
- * above it exp(ACRE_EXP_HIGH). x = n ln 2 + r with |r| <= ln 2 / 2, and
+/* exp(x), error < 1.1 ulp on [ACRE_EXP_LOW, ACRE_EXP_HIGH]; below it 0 (never a
+ * denormal), above it exp(ACRE_EXP_HIGH). x = n ln 2 + r with |r| <= ln 2 / 2, and
  * exp(r) = 1 + r + r^2 p(r) with p of degree 4, fitted for the least relative error
  * (0.05 ulp). n comes from the low bits of x log2(e) + 1.5 * 2^23. */
 #define ACRE_EXP_LOW -87.3f

@@ -1,10 +1,11 @@
 /* y (+)= T(x) W^T: packs weights once, multiplies in blocks that fit the caches.
  *
  * A task owns a block of rows and a range of columns of y and goes over K in blocks. It
- * copies (and rounds) its rows of x, takes one group of panels at a time, widened to float32
- * where many rows share them, and lets the tile kernel add into a float32 block of its own.
- * Partial sums are stored and reloaded as they are, so neither blocking nor the number of
- * rows shows in the bits: a row of a large product equals the same row alone. */
+ * copies (and rounds) its rows of x, takes one group of panels at a time, widened to
+ * float32 where many rows share them, and lets the tile kernel add into a float32 block
+ * of its own. Partial sums are stored and reloaded as they are, so neither blocking nor
+ * the number of rows shows in the bits: a row of a large product equals the same row
+ * alone. */
 #include "matmul.h"
 
 /* ---------------------------------------------------------------- weights */
@@ -13,8 +14,9 @@ acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int
                                    int64_t K, acre_dtype dtype, acre_error *error) {
   *out = NULL;
   if (N < 1 || K < 1)
-    return acre_fail(error, ACRE_BAD_SHAPE, "matrix is [%lld, %lld], expected positive sizes",
-                     (long long)N, (long long)K);
+    return acre_fail(error, ACRE_BAD_SHAPE,
+                     "matrix is [%lld, %lld], expected positive sizes", (long long)N,
+                     (long long)K);
   if (dtype != ACRE_F32 && dtype != ACRE_BF16)
     return acre_fail(error, ACRE_UNSUPPORTED, "matrix dtype is %s, expected f32 or bf16",
                      acre_dtype_name(dtype));
@@ -60,26 +62,26 @@ static void read_row(float *to, const acre_array *host, int64_t row, int64_t col
   int64_t step = host->strides[1];
   int64_t first = row * host->strides[0] + column * step;
   switch (host->dtype) {
-  case ACRE_F32: {
-    const float *from = (const float *)host->data + first;
-    for (int64_t i = 0; i < count; i++) to[i] = from[i * step];
-    break;
-  }
-  case ACRE_BF16: {
-    const uint16_t *from = (const uint16_t *)host->data + first;
-    for (int64_t i = 0; i < count; i++) to[i] = acre_from_bf16(from[i * step]);
-    break;
-  }
-  case ACRE_F16: {
-    const uint16_t *from = (const uint16_t *)host->data + first;
-    for (int64_t i = 0; i < count; i++) to[i] = half_to_float(from[i * step]);
-    break;
-  }
-  case ACRE_F64: {
-    const double *from = (const double *)host->data + first;
-    for (int64_t i = 0; i < count; i++) to[i] = (float)from[i * step];
-    break;
-  }
+    case ACRE_F32: {
+      const float *from = (const float *)host->data + first;
+      for (int64_t i = 0; i < count; i++) to[i] = from[i * step];
+      break;
+    }
+    case ACRE_BF16: {
+      const uint16_t *from = (const uint16_t *)host->data + first;
+      for (int64_t i = 0; i < count; i++) to[i] = acre_from_bf16(from[i * step]);
+      break;
+    }
+    case ACRE_F16: {
+      const uint16_t *from = (const uint16_t *)host->data + first;
+      for (int64_t i = 0; i < count; i++) to[i] = half_to_float(from[i * step]);
+      break;
+    }
+    case ACRE_F64: {
+      const double *from = (const double *)host->data + first;
+      for (int64_t i = 0; i < count; i++) to[i] = (float)from[i * step];
+      break;
+    }
   }
 }
 
@@ -99,7 +101,8 @@ static bool all_finite(const float *x, int64_t count) {
   return worst < 0x7f800000u;
 }
 
-/* Stores values x[0..count) of column j (within its panel) from index `first` of K on. */
+/* Stores values x[0..count) of column j (within its panel) from index `first` of K
+ * on. */
 static void store_column(const acre_matrix *matrix, void *panel, int64_t j, int64_t first,
                          const float *x, int64_t count) {
   if (matrix->dtype == ACRE_F32) {
@@ -146,8 +149,8 @@ void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *ho
 
 /* ---------------------------------------------------------------- product */
 
-#define BLOCK_ROWS 120  /* a multiple of every tile_rows */
-#define BLOCK_K 384     /* even; a widened panel group stays in L1 */
+#define BLOCK_ROWS 120 /* a multiple of every tile_rows */
+#define BLOCK_K 384    /* even; a widened panel group stays in L1 */
 #define BLOCK_PANELS 32
 #define BLOCK_X (BLOCK_ROWS * (BLOCK_K + 16))
 #define BLOCK_Y (BLOCK_ROWS * BLOCK_PANELS * ACRE_PANEL)
@@ -168,7 +171,8 @@ typedef struct matmul_job {
   int64_t row_blocks;
 } matmul_job;
 
-/* Rows of T(x) from index k_first on, side by side with a stride that is no power of two. */
+/* Rows of T(x) from index k_first on, side by side with a stride that is no power of
+ * two. */
 static int64_t load_x(const matmul_job *job, float *to, int64_t row, int64_t rows,
                       int64_t k_first, int64_t k) {
   const acre_kernels *kernels = job->queue->kernels;
@@ -200,9 +204,9 @@ static void multiply_thin(const matmul_job *job, float *c, int64_t c_stride, con
 }
 
 /* Many rows: every group of panels, widened once, meets all rows of the block. */
-static void multiply_block(const matmul_job *job, float *c, int64_t c_stride, const float *x,
-                           int64_t x_stride, float *wide, int64_t rows, int64_t panel,
-                           int64_t panels, int64_t k_first, int64_t k) {
+static void multiply_block(const matmul_job *job, float *c, int64_t c_stride,
+                           const float *x, int64_t x_stride, float *wide, int64_t rows,
+                           int64_t panel, int64_t panels, int64_t k_first, int64_t k) {
   const acre_kernels *kernels = job->queue->kernels;
   int64_t size = acre_panel_size(job->W), group = kernels->tile_panels;
   const void *data = acre_buffer_data(job->W->buffer);

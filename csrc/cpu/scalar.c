@@ -1,7 +1,8 @@
-/* The reference: every kernel as its contract in kernels.h reads, one element at a time.
+/* The reference: every kernel as its contract in kernels.h reads, one element at a
+ * time.
  *
- * Nothing is blocked or reordered here. What a faster table computes is defined as equal to
- * this. */
+ * Nothing is blocked or reordered here. What a faster table computes is defined as
+ * equal to this. */
 #include "kernels.h"
 
 #include <math.h>
@@ -64,7 +65,8 @@ static void expand(float *b, const uint16_t *panel, int64_t k) {
           acre_from_bf16(panel[x / 2 * (2 * ACRE_PANEL) + j * 2 + x % 2]);
 }
 
-static void transpose(float *b, const float *keys, int64_t stride, int64_t rows, int64_t k) {
+static void transpose(float *b, const float *keys, int64_t stride, int64_t rows,
+                      int64_t k) {
   for (int64_t x = 0; x < k; x++)
     for (int64_t j = 0; j < ACRE_PANEL; j++)
       b[x * ACRE_PANEL + j] = j < rows ? keys[j * stride + x] : 0.0f;
@@ -140,7 +142,7 @@ static void add_exp(float *total, const float *s, int64_t n, float scale, float 
     total[j] = fmaf(acre_exp(fmaf(s[j], scale, -max)), weight, total[j]);
 }
 
-/* ---------------------------------------------------------------- rows of activations */
+/* -------------------------------------------------------------- rows of activations */
 
 static void rmsnorm(float *y, const float *x, const float *gain, double eps, int64_t n) {
   float lanes[ACRE_PANEL] = {0};

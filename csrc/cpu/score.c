@@ -1,10 +1,10 @@
 /* The mass that a question's tokens put on each L1 entry (section 4.2), without ever
  * storing the [heads, t, m] softmax.
  *
- * Two passes over the keys: the first finds every (row, head) item's maximum and sum, the
- * second adds exp(logit - maximum) / sum over the items, in order, into the 64 scores that
- * a task owns. The second is worth its time: nothing grows with m, and the order of the
- * additions does not depend on the threads. */
+ * Two passes over the keys: the first finds every (row, head) item's maximum and sum,
+ * the second adds exp(logit - maximum) / sum over the items, in order, into the 64
+ * scores that a task owns. The second is worth its time: nothing grows with m, and the
+ * order of the additions does not depend on the threads. */
 #include "attention.h"
 
 #include <math.h>
@@ -20,17 +20,17 @@ typedef struct score_job {
   const acre_heads *heads;
   int64_t group, m, rows, kv_head;
   float scale;
-  int64_t used;    /* heads of this KV head that count */
-  int32_t *offset; /* [used] element offset of each in a row of q */
+  int64_t used;     /* heads of this KV head that count */
+  int32_t *offset;  /* [used] element offset of each in a row of q */
   float *max, *sum; /* [rows * used] */
 } score_job;
 
 /* A worker's scratch. */
 typedef struct block {
-  float *q;     /* [ACRE_ITEMS][padded] */
-  float *keys;  /* panels of a tile */
+  float *q;    /* [ACRE_ITEMS][padded] */
+  float *keys; /* panels of a tile */
   float *rows;
-  float *s;     /* [ACRE_ROWS_LIMIT][64] */
+  float *s; /* [ACRE_ROWS_LIMIT][64] */
 } block;
 
 static block take_block(const score_job *job, int32_t worker) {

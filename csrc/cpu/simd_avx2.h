@@ -1,11 +1,12 @@
-/* The template's vocabulary in AVX2 and FMA: 8 lanes, so a panel of 16 is two vectors. */
+/* The template's vocabulary in AVX2 and FMA: 8 lanes, so a panel of 16 is two
+ * vectors. */
 #ifndef ACRE_SIMD_AVX2_H
 #define ACRE_SIMD_AVX2_H
 
 #include <immintrin.h>
 
 #define V_LANES 8
-#define V_MAX_ROWS 6                       /* rows of the largest tile: 12 accumulators */
+#define V_MAX_ROWS 6 /* rows of the largest tile: 12 accumulators */
 #define V_GROUP(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1) /* panels at once */
 #define V_INLINE static inline __attribute__((always_inline))
 

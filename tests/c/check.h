@@ -8,13 +8,13 @@
 
 static atomic_int check_passed, check_failed;
 
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    if (condition) {                                                         \
-      atomic_fetch_add(&check_passed, 1);                                    \
-    } else if (atomic_fetch_add(&check_failed, 1) < 20) {                    \
+#define CHECK(condition)                                                      \
+  do {                                                                        \
+    if (condition) {                                                          \
+      atomic_fetch_add(&check_passed, 1);                                     \
+    } else if (atomic_fetch_add(&check_failed, 1) < 20) {                     \
       fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-    }                                                                        \
+    }                                                                         \
   } while (0)
 
 static inline int check_report(void) {

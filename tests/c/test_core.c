@@ -5,6 +5,8 @@
 #include "nested.h"
 #include "platform.h"
 
+#include <math.h>
+
 static void test_nested(void) {
   acre_nested nested = {.interval = 3, .window = 8, .stride = 5, .l1_tokens = true};
   CHECK(acre_nested_windows(&nested, 7) == 0);
@@ -53,7 +55,8 @@ static bool same_cache(const acre_cache *a, const acre_cache *b) {
       acre_buffer *p, *q;
       int64_t first;
       int64_t layer = at / pages, page = at % pages;
-      if (acre_cache_view(a, (acre_part)part, layer, page, &x, &first, &p, NULL)) return false;
+      if (acre_cache_view(a, (acre_part)part, layer, page, &x, &first, &p, NULL))
+        return false;
       if (acre_cache_view(b, (acre_part)part, layer, page, &y, &first, &q, NULL)) {
         acre_buffer_release(p);
         return false;
@@ -173,19 +176,44 @@ static void test_refusals(acre_model *model) {
   acre_cache_release(cache);
 }
 
-static void test_ties(void) {
-  float scores[6] = {1, 2, 2, 0, 2, 1};
-  int32_t groups[3];
-  CHECK(acre_select_groups(groups, scores, 6, 2, NULL) == ACRE_OK);
-  CHECK(groups[0] == 1 && groups[1] == 2);
-  CHECK(acre_select_groups(groups, scores, 6, 7, NULL) == ACRE_BAD_VALUE);
+static void test_select_groups(void) {
+  uint64_t seed = 1;
+  acre_error error = {0};
+  for (int64_t m = 1; m < 60; m++) {
+    for (int64_t k = 0; k <= m; k++) {
+      float scores[60];
+      int32_t groups[61];
+      for (int64_t i = 0; i < m; i++) {
+        scores[i] = (float)(random_bits(&seed) % 9);
+        if (scores[i] == 8.0f) scores[i] = NAN;
+        if (scores[i] == 7.0f) scores[i] = -INFINITY;
+      }
+      memset(groups, 0xff, sizeof groups);
+      CHECK(acre_select_groups(groups, scores, m, k, &error) == ACRE_OK);
+      bool right = groups[k] == -1;
+      for (int64_t i = 0; i < m; i++) { /* chosen: fewer than k are better */
+        int64_t better = 0, chosen = 0;
+        float s = isnan(scores[i]) ? -INFINITY : scores[i];
+        for (int64_t j = 0; j < m; j++) {
+          float o = isnan(scores[j]) ? -INFINITY : scores[j];
+          bool nan_i = isnan(scores[i]), nan_j = isnan(scores[j]);
+          better += o > s || (o == s && (nan_i != nan_j ? nan_i : j < i));
+        }
+        for (int64_t j = 0; j < k; j++) chosen += groups[j] == i;
+        right &= chosen == (better < k);
+      }
+      for (int64_t j = 1; j < k; j++) right &= groups[j - 1] < groups[j];
+      CHECK(right);
+    }
+  }
+  CHECK(acre_select_groups(NULL, NULL, 6, 7, &error) == ACRE_BAD_VALUE);
 }
 
 int main(void) {
   acre_error error = {0};
   acre_engine *engine = NULL;
   test_nested();
-  test_ties();
+  test_select_groups();
   CHECK(acre_engine_open(&engine, NULL, &error) == ACRE_OK);
   for (int dtype = ACRE_F32; dtype <= ACRE_BF16; ++dtype) {
     for (int trained = 0; trained < 2; ++trained) {

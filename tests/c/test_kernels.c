@@ -126,20 +126,21 @@ static void test_tiles(void) {
 /* ---------------------------------------------------------------- vectors */
 
 /* Every other kernel, called on rows of n elements (dots: n keys). */
-static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n, float *const x[4]) {
+static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
+                        float *const x[4]) {
   switch (which) {
-  case 0: t->round(y, x[0], n); break;
-  case 1: t->widen(y, (const uint16_t *)x[0], n); break;
-  case 2: t->narrow((uint16_t *)y, x[0], n); break;
-  case 3: t->add(y, x[0], x[1], n); break;
-  case 4: memcpy(y, x[0], (size_t)n * 4), t->scale(y, 0.3f, n); break;
-  case 5: t->dots(y, x[0], x[1], 83, n, 80); break;
-  case 6: memcpy(y, x[0], (size_t)n * 4), t->add_exp(y, x[1], n, 3.0f, 1.5f, 0.7f); break;
-  case 7: t->rmsnorm(y, x[0], x[1], 1e-5, n); break;
-  case 8: t->swiglu(y, x[2], x[1], n); break;
-  case 9: t->expand(y, (const uint16_t *)x[3], n); break;
-  case 10: t->transpose(y, x[1], 83, acre_min(n, 16), n); break;
-  case 11: t->rope(y, x[0], x[1], x[3], n); break;
+    case 0: t->round(y, x[0], n); break;
+    case 1: t->widen(y, (const uint16_t *)x[0], n); break;
+    case 2: t->narrow((uint16_t *)y, x[0], n); break;
+    case 3: t->add(y, x[0], x[1], n); break;
+    case 4: memcpy(y, x[0], (size_t)n * 4), t->scale(y, 0.3f, n); break;
+    case 5: t->dots(y, x[0], x[1], 83, n, 80); break;
+    case 6: memcpy(y, x[0], (size_t)n * 4), t->add_exp(y, x[1], n, 3.0f, 1.5f, 0.7f); break;
+    case 7: t->rmsnorm(y, x[0], x[1], 1e-5, n); break;
+    case 8: t->swiglu(y, x[2], x[1], n); break;
+    case 9: t->expand(y, (const uint16_t *)x[3], n); break;
+    case 10: t->transpose(y, x[1], 83, acre_min(n, 16), n); break;
+    case 11: t->rope(y, x[0], x[1], x[3], n); break;
   }
 }
 
@@ -149,47 +150,47 @@ static int64_t written(int which, int64_t n) {
   return which == 2 ? acre_ceil_div(n, 2) : n;
 }
 
-/* Reference of output element i in float64, with the size that its error is relative to and
- * the number of roundings; false for kernels that only move values. */
+/* Reference of output element i in float64, with the size that its error is relative to
+ * and the number of roundings; false for kernels that only move values. */
 static bool reference(int which, int64_t n, int64_t i, float *const x[4], double *value,
                       double *error) {
   if (which == 9 || which == 10) return false;
   double a = x[0][i], b = x[1][i], sum = 0.0, size = 0.0;
   switch (which) {
-  case 3: *value = a + b, *error = EPS * fabs(*value); return true;
-  case 4: *value = a * 0.3f, *error = EPS * fabs(*value); return true;
-  case 5:
-    for (int c = 0; c < 80; c++) {
-      sum += (double)x[0][c] * x[1][i * 83 + c];
-      size += fabs((double)x[0][c] * x[1][i * 83 + c]);
-    }
-    *value = sum, *error = 10 * EPS * size;
-    return true;
-  case 6:
-    sum = exp((double)x[1][i] * 3.0f - 1.5f) * 0.7f; /* exponent: error 4.5 EPS */
-    *value = a + sum, *error = EPS * (8 * sum + fabs(*value));
-    return true;
-  case 7:
-    for (int64_t c = 0; c < n; c++) sum += (double)x[0][c] * x[0][c];
-    *value = a / sqrt(sum / (double)n + 1e-5) * b;
-    *error = EPS * (4 + (double)n / 16 + 4) * fabs(*value);
-    return true;
-  case 8:
-    a = x[2][i];
-    *value = a / (1.0 + exp(-a)) * b;
-    *error = 8 * EPS * fabs(*value) + 1e-35; /* exp(88) stands for all above */
-    return true;
-  case 11:
-    if (i < n) {
-      b = x[0][n + i];
-      *value = a * x[1][i] - b * x[3][i];
-      *error = 2 * EPS * (fabs(a * x[1][i]) + fabs(b * x[3][i]));
-    } else {
-      b = x[0][i - n];
-      *value = a * x[1][i - n] + b * x[3][i - n];
-      *error = 2 * EPS * (fabs(a * x[1][i - n]) + fabs(b * x[3][i - n]));
-    }
-    return true;
+    case 3: *value = a + b, *error = EPS * fabs(*value); return true;
+    case 4: *value = a * 0.3f, *error = EPS * fabs(*value); return true;
+    case 5:
+      for (int c = 0; c < 80; c++) {
+        sum += (double)x[0][c] * x[1][i * 83 + c];
+        size += fabs((double)x[0][c] * x[1][i * 83 + c]);
+      }
+      *value = sum, *error = 10 * EPS * size;
+      return true;
+    case 6:
+      sum = exp((double)x[1][i] * 3.0f - 1.5f) * 0.7f; /* exponent: error 4.5 EPS */
+      *value = a + sum, *error = EPS * (8 * sum + fabs(*value));
+      return true;
+    case 7:
+      for (int64_t c = 0; c < n; c++) sum += (double)x[0][c] * x[0][c];
+      *value = a / sqrt(sum / (double)n + 1e-5) * b;
+      *error = EPS * (4 + (double)n / 16 + 4) * fabs(*value);
+      return true;
+    case 8:
+      a = x[2][i];
+      *value = a / (1.0 + exp(-a)) * b;
+      *error = 8 * EPS * fabs(*value) + 1e-35; /* exp(88) stands for all above */
+      return true;
+    case 11:
+      if (i < n) {
+        b = x[0][n + i];
+        *value = a * x[1][i] - b * x[3][i];
+        *error = 2 * EPS * (fabs(a * x[1][i]) + fabs(b * x[3][i]));
+      } else {
+        b = x[0][i - n];
+        *value = a * x[1][i - n] + b * x[3][i - n];
+        *error = 2 * EPS * (fabs(a * x[1][i - n]) + fabs(b * x[3][i - n]));
+      }
+      return true;
   }
   return false;
 }
@@ -289,7 +290,8 @@ static void test_softmax_edges(void) {
     float s[ACRE_KEY_TILE], max = -INFINITY, sum = 0.0f, factor;
     for (int j = 0; j < ACRE_KEY_TILE; j++) s[j] = j < 5 ? -INFINITY : NAN;
     tables[i].softmax(s, NULL, 1, 5, 1.0f, &max, &sum, &factor);
-    CHECK(max == -INFINITY && sum == 0.0f && factor == 0.0f && s[0] == 0.0f && s[9] == 0.0f);
+    CHECK(max == -INFINITY && sum == 0.0f && factor == 0.0f && s[0] == 0.0f &&
+          s[9] == 0.0f);
     s[0] = 2.0f, s[1] = NAN;
     tables[i].softmax(s, NULL, 1, 1, 1.0f, &max, &sum, &factor);
     CHECK(max == 2.0f && sum == 1.0f && s[0] == 1.0f && s[1] == 0.0f);
@@ -334,8 +336,16 @@ static void test_bf16(void) {
     right &= acre_to_bf16(acre_from_bits(u + 0x8001)) == h + 1;
   }
   CHECK(right);
-  float special[16] = {NAN, -NAN, INFINITY, -INFINITY, 0x1.fffffep127f, -0.0f, 1e-45f,
-                       acre_from_bits(0x7f800001), acre_from_bits(0xffffffff), 1.0f};
+  float special[16] = {NAN,
+                       -NAN,
+                       INFINITY,
+                       -INFINITY,
+                       0x1.fffffep127f,
+                       -0.0f,
+                       1e-45f,
+                       acre_from_bits(0x7f800001),
+                       acre_from_bits(0xffffffff),
+                       1.0f};
   for (int i = 1; i < table_count; i++) {
     uint16_t a[16], b[16];
     tables[0].narrow(a, special, 16);

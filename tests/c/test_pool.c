@@ -1,5 +1,6 @@
 /* The pool: every task once, whatever the thread counts, sleeping or spinning workers,
- * loops from several threads at a time, loops within loops; opening that fails half-way. */
+ * loops from several threads at a time, loops within loops; opening that fails
+ * half-way. */
 #include "check.h"
 
 #include "platform.h"
@@ -14,8 +15,8 @@
 
 typedef struct job {
   acre_pool *pool;
-  int64_t plain[TASKS];  /* each written by one task only: a race shows under tsan */
-  int64_t before;        /* written by the caller, read by tasks */
+  int64_t plain[TASKS]; /* each written by one task only: a race shows under tsan */
+  int64_t before;       /* written by the caller, read by tasks */
   _Atomic int64_t total;
   _Atomic int32_t highest;
 } job;
@@ -69,7 +70,8 @@ static void test_sleep(void) {
 }
 
 static void slow_task(void *context, int64_t index, int32_t worker) {
-  struct timespec pause = {0, index ? 100 : 3000000}; /* one task keeps the others waiting */
+  struct timespec pause = {0,
+                           index ? 100 : 3000000}; /* one task keeps the others waiting */
   nanosleep(&pause, NULL);
   count_task(context, index, worker);
 }

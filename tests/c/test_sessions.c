@@ -16,8 +16,8 @@ typedef struct job {
 static void *ask(void *context) {
   job *j = context;
   for (int i = 0; i < 3; ++i) {
-    j->status = tiny_ask(j->model, j->cache, j->question, 7, 24, j->answer, TOKENS, NULL,
-                         NULL);
+    j->status =
+        tiny_ask(j->model, j->cache, j->question, 7, 24, j->answer, TOKENS, NULL, NULL);
   }
   return NULL;
 }
@@ -38,7 +38,8 @@ static acre_cache *restored(acre_model *model, const acre_cache *cache) {
       acre_array view;
       acre_buffer *owner;
       int64_t first, layer = at / pages;
-      acre_cache_view(cache, (acre_part)part, layer, at % pages, &view, &first, &owner, NULL);
+      acre_cache_view(cache, (acre_part)part, layer, at % pages, &view, &first, &owner,
+                      NULL);
       memcpy(bytes + (size_t)(layer * rows[part / 2] + first) * row, view.data,
              (size_t)view.shape[0] * row);
       acre_buffer_release(owner);

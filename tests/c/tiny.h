@@ -62,8 +62,8 @@ static acre_status tiny_fill(acre_model *model, bool trained, uint64_t seed,
       {"self_attn.acre_k_proj.weight", 16, 32, true},
       {"self_attn.acre_v_proj.weight", 16, 32, true},
   };
-  acre_status status = tiny_bind(model, "model.embed_tokens.weight", TINY_VOCAB, 32, 1, 0,
-                                 &seed, error);
+  acre_status status =
+      tiny_bind(model, "model.embed_tokens.weight", TINY_VOCAB, 32, 1, 0, &seed, error);
   if (status != ACRE_OK) return status;
   status = tiny_bind(model, "model.norm.weight", 0, 32, 0.1f, 1, &seed, error);
   if (status != ACRE_OK) return status;

@@ -1,0 +1,198 @@
+/* Attention and scoring, for every backend: within a derived bound of a float64 loop,
+ * the same bits for all of them, and a row's result independent of the other rows and
+ * of memory that it must not see. */
+#include "backends.h"
+
+/* ---------------------------------------------------------------- attention */
+
+typedef struct attend_case {
+  int64_t d, kv_heads, group, prefix, seen, rows;
+  acre_dtype dtype;
+  bool bias;
+} attend_case;
+
+typedef struct attend_data {
+  float *q;
+  void *keys[2], *values[2]; /* prefix, own */
+  float *bias[2];
+  int64_t count[2];
+} attend_data;
+
+/* own holds five keys that nobody sees: NaN. */
+static attend_data make_attention(const attend_case *c) {
+  int64_t width = c->kv_heads * c->d;
+  attend_data a = {.count = {c->prefix, c->seen + c->rows + 5}};
+  a.q = random_floats(c->rows * c->kv_heads * c->group * c->d);
+  for (int64_t i = 0; i < c->rows * c->kv_heads * c->group * c->d; i++) a.q[i] *= 3.0f;
+  for (int s = 0; s < 2; s++) {
+    a.keys[s] = random_typed(a.count[s] * width, c->dtype);
+    a.values[s] = random_typed(a.count[s] * width, c->dtype);
+    a.bias[s] = random_floats(a.count[s]);
+  }
+  int64_t size = (int64_t)acre_dtype_size(c->dtype), end = c->seen + c->rows;
+  memset((char *)a.keys[1] + end * width * size, 0xff, (size_t)(5 * width * size));
+  memset((char *)a.values[1] + end * width * size, 0xff, (size_t)(5 * width * size));
+  return a;
+}
+
+static void free_attention(attend_data *a) {
+  free(a->q);
+  for (int s = 0; s < 2; s++) free(a->keys[s]), free(a->values[s]), free(a->bias[s]);
+}
+
+/* Logit of key j of segment s, and the sum of |products| that its error is relative
+ * to. */
+static double logit_of(const attend_case *c, const attend_data *a, int64_t row,
+                       int64_t head, int s, int64_t j, double *size) {
+  int64_t h = c->kv_heads * c->group, kv = head / c->group;
+  double sum = 0.0;
+  for (int64_t x = 0; x < c->d; x++) {
+    double p = (double)a->q[(row * h + head) * c->d + x] *
+               at(a->keys[s], (j * c->kv_heads + kv) * c->d + x, c->dtype);
+    sum += p, *size += fabs(p);
+  }
+  *size /= sqrt((double)c->d);
+  return sum / sqrt((double)c->d) + (c->bias ? a->bias[s][j] : 0.0);
+}
+
+/* Error: softmax weights differ by a factor exp(2 e), e the worst logit's error, d+3
+ * roundings; the weighted sum adds one rounding per key, a few per tile of keys. */
+static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
+                       int64_t head, const float *out) {
+  int64_t counts[2] = {c->prefix, c->seen + row + 1};
+  double *o = calloc((size_t)c->d, sizeof *o), sum = 0.0, worst = 0.0;
+  for (int s = 0; s < 2; s++) {
+    for (int64_t j = 0; j < counts[s]; j++) {
+      double size = 0.0, weight = exp(logit_of(c, a, row, head, s, j, &size));
+      worst = size > worst ? size : worst;
+      sum += weight;
+      for (int64_t x = 0; x < c->d; x++)
+        o[x] += weight *
+                at(a->values[s], (j * c->kv_heads + head / c->group) * c->d + x, c->dtype);
+    }
+  }
+  double keys = (double)(counts[0] + counts[1]);
+  double error = EPS * (2 * (double)(c->d + 8) * (worst + 2) + keys + keys / 16 + 20);
+  bool right = true;
+  for (int64_t x = 0; x < c->d; x++) right &= fabs(out[x] - o[x] / sum) <= error;
+  free(o);
+  return right;
+}
+
+static void run_attend(int i, const attend_case *c, const attend_data *a, float *out,
+                       int64_t first, int64_t rows, bool split) {
+  int64_t h = c->kv_heads * c->group, stride = h * c->d;
+  acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
+  acre_keys prefix = {a->keys[0], a->values[0], c->bias ? a->bias[0] : NULL, c->prefix};
+  acre_keys own = {a->keys[1], a->values[1], c->bias ? a->bias[1] : NULL, a->count[1]};
+  backends[i]->ops->attend(queues[i], out, stride + 2, a->q + first * stride, stride,
+                           c->prefix ? &prefix : NULL, &own, c->seen + first, rows, split,
+                           &heads);
+}
+
+static void attend_right(const attend_case *c, bool split) {
+  int64_t h = c->kv_heads * c->group, stride = h * c->d + 2, n = c->rows * stride;
+  attend_data a = make_attention(c);
+  float *first = NULL;
+  for (int i = 0; i < backend_count; i++) {
+    float *out = nans(n);
+    run_attend(i, c, &a, out, 0, c->rows, split);
+    if (!first) {
+      bool right = true;
+      for (int64_t r = 0; r < c->rows; r++)
+        for (int64_t head = 0; head < h; head++)
+          right &= head_right(c, &a, r, head, out + r * stride + head * c->d);
+      CHECK(right);
+      if (!right)
+        fprintf(stderr, "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d\n",
+                (int)c->d, (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->seen,
+                (int)c->rows, c->dtype == ACRE_BF16, c->bias);
+    }
+    CHECK(!first || same(first, out, n * 4));
+    for (int64_t r = 0; r < c->rows; r++)
+      CHECK(acre_bits(out[r * stride + stride - 1]) == 0x7fc0dead);
+    for (int64_t some = 1; some <= c->rows - 2; some += acre_max(c->rows - 3, 1)) {
+      float *alone = nans(n); /* rows 1.. without the others: the same bits */
+      run_attend(i, c, &a, alone, 1, some, false);
+      CHECK(same(alone, out + stride, some * stride * 4));
+      free(alone);
+    }
+    if (first)
+      free(out);
+    else
+      first = out;
+  }
+  free_attention(&a);
+  free(first);
+}
+
+static void test_attend(const attend_case *c) {
+  attend_right(c, false);
+  if (c->rows == 1) attend_right(c, true);
+}
+
+static void test_attends(void) {
+  static const int64_t dims[] = {2, 16, 64, 80, 90, 96, 128};
+  static const int64_t rows[] = {1, 2, 5, 40};
+  static const int64_t prefixes[] = {0, 1, 64, 300};
+  int64_t index = 0;
+  for (int64_t d = 0; d < ACRE_COUNT(dims); d++)
+    for (int64_t r = 0; r < ACRE_COUNT(rows); r++)
+      for (int64_t p = 0; p < ACRE_COUNT(prefixes); p++, index++)
+        test_attend(&(attend_case){dims[d], 1 + index % 3, 1 + index % 8, prefixes[p],
+                                   index % 4 * 25, rows[r],
+                                   index % 2 ? ACRE_BF16 : ACRE_F32, index / 2 % 2});
+  test_attend(&(attend_case){64, 1, 3, 2500, 17, 1, ACRE_BF16, true}); /* many runs */
+  test_attend(&(attend_case){16, 2, 40, 70, 3, 1, ACRE_F32, false});   /* many heads */
+  test_attend(&(attend_case){16, 1, 110, 70, 3, 5, ACRE_F32, false});
+  test_attend(&(attend_case){512, 1, 1, 30, 3, 7, ACRE_BF16, true});
+  test_attend(&(attend_case){512, 1, 2, 300, 3, 1, ACRE_F32, true});
+}
+
+/* ---------------------------------------------------------------- scoring */
+
+static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
+  int64_t g = 2, group = 3, h = g * group;
+  attend_case c = {d, g, group, m, 0, t, dtype, false};
+  attend_data a = make_attention(&c);
+  uint8_t use[6] = {1, 0, 1, 0, 0, 1};
+  float *old = random_floats(m), *first = NULL;
+  double *exact = calloc((size_t)m, sizeof *exact), *p = calloc((size_t)m, sizeof *p);
+  for (int64_t r = 0; r < t; r++) {
+    for (int64_t head = 0; head < h; head++) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t j = 0; j < m; j++)
+        sum += p[j] = exp(logit_of(&c, &a, r, head, 0, j, &size));
+      for (int64_t j = 0; use[head] && j < m; j++) exact[j] += p[j] / sum;
+    }
+  }
+  acre_heads heads = {h, g, d, dtype};
+  for (int i = 0; i < backend_count; i++) {
+    float *scores = malloc((size_t)m * sizeof(float));
+    memcpy(scores, old, (size_t)m * sizeof(float));
+    backends[i]->ops->score(queues[i], scores, a.q, h * d, a.keys[0], use, t, m, &heads);
+    bool right = true;
+    for (int64_t j = 0; j < m; j++)
+      right &= fabs(scores[j] - (old[j] + exact[j])) <=
+               EPS * ((double)(4 * d + 40) * 8 + (double)t * 3) * (exact[j] + 1e-3) + 1e-6;
+    CHECK(right);
+    CHECK(!first || same(first, scores, m * 4));
+    if (first)
+      free(scores);
+    else
+      first = scores;
+  }
+  free_attention(&a);
+  free(first), free(old), free(exact), free(p);
+}
+
+int main(int argc, char **argv) {
+  if (!open_backends(argc, argv, 8)) return 1;
+  test_attends();
+  test_score(1, 1, 64, ACRE_F32);
+  test_score(40, 300, 64, ACRE_BF16);
+  test_score(7, 130, 90, ACRE_F32);
+  test_score(130, 64, 16, ACRE_BF16);
+  close_backends();
+  return check_report();
+}
