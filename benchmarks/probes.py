@@ -1,10 +1,8 @@
 """Long texts with known evidence: the material of the retrieval benchmarks.
 
 Takes background text and a seed; gives a `Probe`: one text and many questions, each
-with
-the character span of its evidence and the accepted answers. Everything is drawn from
-the
-seed, so a probe is the same on every machine.
+with the character span of its evidence and the accepted answers. Everything is drawn
+from the seed, so a probe is the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,16 +15,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NAMES = (
-    "Ashford Briar Caldwell Dunmore Elgin Farrow Glenrock Harlow Ibsen Jarrow Kelso "
-    "Lorne "
-    "Merrick Norwood Orwell Penrith Quarry Radley Selkirk Thorne Upton Varley Whitby "
-    "Yarrow "
-    "Zennor Alder Birch Cedar Dogwood Elder Fennel Ginger Hazel Indigo Juniper Kestrel "
-    "Laurel Maple Nutmeg Olive Poplar Quince Rowan Sorrel Tansy Umber Violet Willow "
-    "Xenia "
-    "Yew"
-).split()
+NAMES = """
+    Ashford Briar Caldwell Dunmore Elgin Farrow Glenrock Harlow Ibsen Jarrow Kelso
+    Lorne Merrick Norwood Orwell Penrith Quarry Radley Selkirk Thorne Upton Varley
+    Whitby Yarrow Zennor Alder Birch Cedar Dogwood Elder Fennel Ginger Hazel Indigo
+    Juniper Kestrel Laurel Maple Nutmeg Olive Poplar Quince Rowan Sorrel Tansy Umber
+    Violet Willow Xenia Yew
+""".split()
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,7 @@ def cut_to_tokens(text: str, tokens: int, count: Count) -> str:
 def _insert(
     background: str, facts: list[str], rng: random.Random
 ) -> tuple[str, list[int]]:
-    """Facts at sentence ends, spread evenly with jitter; the start of each in the
-    result."""
+    """Facts at sentence ends, spread evenly with jitter; where each then starts."""
     pieces, starts, at, length = [], [], 0, 0
     step = len(background) / len(facts)
     for i, fact in enumerate(facts):

@@ -1,17 +1,13 @@
 """Is the evidence among the refilled groups? Recall and exact match of known evidence.
 
     ACRE_DATA=... python benchmarks/retrieval.py needle kv nq [--lengths 8192 32768
-    131072]
+        131072]
 
 Takes probes (benchmarks/probes.py): one text with many questions whose evidence is
-known.
-Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over passages of
-the
-same budget), the share of questions all of whose evidence groups were refilled
-("recall"),
-and with --answer the share answered exactly. One cache is built per text and every
-question
-is asked of it.
+known. Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over
+passages of the same budget), the share of questions all of whose evidence groups were
+refilled ("recall"), and with --answer the share answered exactly. One cache is built
+per text and every question is asked of it.
 """
 
 from __future__ import annotations
@@ -34,8 +30,7 @@ from acre.chat import Frame
 
 @dataclass
 class Asked:
-    """A question ready to be asked: its ids, its own tokens' range, its evidence
-    groups."""
+    """A question ready to be asked, its own tokens' range, its evidence groups."""
 
     ids: np.ndarray
     first: int
@@ -79,8 +74,8 @@ def build(
     model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0
 ) -> Bench:
     """Reads the probe's text. Questions whose evidence is among the recent entries,
-    which
-    every question sees anyway, are left out of the count."""
+    which every question sees anyway, are left out of the count.
+    """
     frame = Frame(model.tokenizer)
     body, offsets = model.tokenizer.encode_offsets(probe.text)
     prefix = np.asarray(frame.prefix_ids, dtype=np.int32)
@@ -134,8 +129,7 @@ def at_random(bench: Bench, seed: int = 0) -> list[np.ndarray]:
 
 
 def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
-    """BM25 over passages of `passage_groups` groups, the passages' scores on their
-    groups."""
+    """BM25 over passages of `passage_groups` groups; each group has its passage's."""
     from rank_bm25 import BM25Okapi
 
     def words(text: str) -> list[str]:
@@ -163,7 +157,8 @@ def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
 
 def recall(bench: Bench, scores: list[np.ndarray], eta: int) -> float:
     """Mean share of the evidence found among the k best groups: all or nothing for a
-    fact, group by group for a passage."""
+    fact, group by group for a passage.
+    """
     k = bench.cache.refill_count(eta)
     found = [
         np.isin(asked.groups, _core.select_groups(row, k))

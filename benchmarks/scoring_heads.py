@@ -3,10 +3,8 @@
     ACRE_DATA=... python benchmarks/scoring_heads.py --out acre/scoring.json
 
 Takes probes made of the *train* split; scores every question with each head alone;
-chooses
-the set of heads (greedily, by mean recall over the probes) that `Model.scoring` then
-uses.
-The dev split is left for measuring the choice.
+chooses the set of heads (greedily, by mean recall over the probes) that `Model.scoring`
+then uses. The dev split is left for measuring the choice.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from acre import _core
 
 
 def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
-    """float32 [questions, L, h, m]: each head's own softmax summed over the
-    question."""
+    """float32 [questions, L, h, m]: each head's softmax, summed over the question."""
     config = bench.model.config
     L, h = config["layers"], config["heads"]
     out = np.empty((len(bench.asked), L, h, bench.m), dtype=np.float32)
@@ -46,8 +43,7 @@ def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
 def choose(
     benches: list[Bench], scores: list[np.ndarray], eta: int, most: int
 ) -> list[tuple[list, float]]:
-    """Greedy: adds the head that raises mean recall most; (heads, recall) after
-    each."""
+    """Greedy: adds the head that raises mean recall most; (heads, recall) per step."""
     L, h = scores[0].shape[1:3]
 
     def mean_recall(sums: list[np.ndarray]) -> float:
