@@ -6,6 +6,7 @@
 #include "backend.h"
 #include "check.h"
 #include "cpu/kernels.h"
+#include "guard.h"
 #include "platform.h"
 
 #include <math.h>
@@ -19,17 +20,17 @@ static acre_queue *queues[BACKENDS];
 static int backend_count;
 static uint64_t seed;
 
-/* ---------------------------------------------------------------- arrays */
+/* ---------------------------------------------------------------- arrays, guarded */
 
 static inline float *random_floats(int64_t n) {
-  float *x = malloc((size_t)(n + 1) * sizeof(float));
+  float *x = guarded_alloc((size_t)n * sizeof(float));
   for (int64_t i = 0; i < n; i++) x[i] = random_float(&seed);
   return x;
 }
 
 static inline float *nans(int64_t n) {
-  float *x = malloc((size_t)(n + 1) * sizeof(float));
-  for (int64_t i = 0; i < n + 1; i++) x[i] = acre_from_bits(0x7fc0dead);
+  float *x = guarded_alloc((size_t)n * sizeof(float));
+  for (int64_t i = 0; i < n; i++) x[i] = acre_from_bits(0x7fc0dead);
   return x;
 }
 
@@ -37,9 +38,9 @@ static inline float *nans(int64_t n) {
 static inline void *random_typed(int64_t n, acre_dtype dtype) {
   float *x = random_floats(n);
   if (dtype == ACRE_F32) return x;
-  uint16_t *y = malloc((size_t)(n + 1) * sizeof *y);
+  uint16_t *y = guarded_alloc((size_t)n * sizeof *y);
   for (int64_t i = 0; i < n; i++) y[i] = acre_to_bf16(x[i]);
-  free(x);
+  guarded_free(x);
   return y;
 }
 

@@ -36,8 +36,9 @@ static attend_data make_attention(const attend_case *c) {
 }
 
 static void free_attention(attend_data *a) {
-  free(a->q);
-  for (int s = 0; s < 2; s++) free(a->keys[s]), free(a->values[s]), free(a->bias[s]);
+  guarded_free(a->q);
+  for (int s = 0; s < 2; s++)
+    guarded_free(a->keys[s]), guarded_free(a->values[s]), guarded_free(a->bias[s]);
 }
 
 /* Logit of key j of segment s, and the sum of |products| that its error is relative
@@ -115,15 +116,15 @@ static void attend_right(const attend_case *c, bool split) {
       float *alone = nans(n); /* rows 1.. without the others: the same bits */
       run_attend(i, c, &a, alone, 1, some, false);
       CHECK(same(alone, out + stride, some * stride * 4));
-      free(alone);
+      guarded_free(alone);
     }
     if (first)
-      free(out);
+      guarded_free(out);
     else
       first = out;
   }
   free_attention(&a);
-  free(first);
+  guarded_free(first);
 }
 
 static void test_attend(const attend_case *c) {
@@ -168,7 +169,7 @@ static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
   }
   acre_heads heads = {h, g, d, dtype};
   for (int i = 0; i < backend_count; i++) {
-    float *scores = malloc((size_t)m * sizeof(float));
+    float *scores = guarded_alloc((size_t)m * sizeof(float));
     memcpy(scores, old, (size_t)m * sizeof(float));
     backends[i]->ops->score(queues[i], scores, a.q, h * d, a.keys[0], use, t, m, &heads);
     bool right = true;
@@ -178,12 +179,12 @@ static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
     CHECK(right);
     CHECK(!first || same(first, scores, m * 4));
     if (first)
-      free(scores);
+      guarded_free(scores);
     else
       first = scores;
   }
   free_attention(&a);
-  free(first), free(old), free(exact), free(p);
+  guarded_free(first), guarded_free(old), free(exact), free(p);
 }
 
 int main(int argc, char **argv) {

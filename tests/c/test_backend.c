@@ -57,7 +57,7 @@ static void test_matmul(const matmul_case *c) {
       for (int64_t j = 0; j < c->N; j++) old[i * stride + j] = random_float(&seed);
   for (int i = 0; i < backend_count; i++) {
     acre_matrix *W = make_matrix(i, w, c->N, c->K, c->dtype);
-    float *y = malloc((size_t)n * sizeof(float)), *row = nans(c->N);
+    float *y = guarded_alloc((size_t)n * sizeof(float)), *row = nans(c->N);
     const acre_backend_ops *ops = backends[i]->ops;
     memcpy(y, old, (size_t)n * sizeof(float));
     ops->matmul(queues[i], y, stride, x, W, c->bias ? bias : NULL, c->rows, c->accumulate);
@@ -69,13 +69,14 @@ static void test_matmul(const matmul_case *c) {
                 c->accumulate);
     CHECK(same(row, y + r * stride, c->N * 4));
     ops->matrix_release(W);
-    free(row);
+    guarded_free(row);
     if (first)
-      free(y);
+      guarded_free(y);
     else
       first = y;
   }
-  free(x), free(w), free(bias), free(old), free(first);
+  guarded_free(x), guarded_free(w), guarded_free(bias), guarded_free(old),
+      guarded_free(first);
 }
 
 static void test_matmuls(void) {
@@ -237,7 +238,7 @@ static void test_rows(acre_dtype dtype) {
       continue;
     }
     CHECK(same(first, y, size * 4));
-    free(y);
+    guarded_free(y);
   }
   for (int i = 0; i < 37; i += 5) with_l1[i] = 50;
   float *y = nans(37 * 20), row[20];
@@ -245,13 +246,15 @@ static void test_rows(acre_dtype dtype) {
   backends[0]->ops->embed(queues[0], y, with_l1, table, l1, 37, 50, 20, dtype);
   for (int c = 0; c < 20; c++) row[c] = at(l1, c, dtype);
   CHECK(same(y, row, 80) && same(y + 35 * 20, row, 80) && same(y + 20, first + 20, 80));
-  free(x), free(angles), free(table), free(first), free(y), free(l1);
+  guarded_free(x), guarded_free(angles), guarded_free(table), guarded_free(first),
+      guarded_free(y), guarded_free(l1);
 }
 
 /* Long spans and uploads, which are cut among threads. */
 static void test_copies(void) {
   int64_t rows = 5000, bytes = 600;
-  uint8_t *from = malloc((size_t)(rows * bytes)), *to = calloc(1, (size_t)(rows * bytes));
+  uint8_t *from = guarded_alloc((size_t)(rows * bytes)),
+          *to = guarded_alloc((size_t)(rows * bytes));
   for (int64_t i = 0; i < rows * bytes; i++) from[i] = (uint8_t)(i * 2654435761u >> 13);
   acre_span spans[3] = {
       {from, 1000, 4000}, {from + 4000 * bytes, 0, 700}, {from + 4700 * bytes, 700, 300}};
@@ -265,7 +268,7 @@ static void test_copies(void) {
     backends[i]->ops->download(queues[i], to, from + 1, 999);
     CHECK(same(to, from + 1, 999) && to[999] == from[999]);
   }
-  free(from), free(to);
+  guarded_free(from), guarded_free(to);
 }
 
 /* ---------------------------------------------------------------- memory */

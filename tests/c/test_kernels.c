@@ -2,6 +2,7 @@
  * float64 loop, equal to the scalar table bit for bit, and writing nothing beyond its
  * output. Also bfloat16 and exp over whole ranges of their arguments. */
 #include "check.h"
+#include "guard.h"
 
 #include "cpu/kernels.h"
 
@@ -9,7 +10,7 @@
 #include <stdlib.h>
 
 #define EPS 0x1p-24 /* unit roundoff of float32 */
-#define GUARD 32    /* floats after an output that must stay as they were */
+#define CANARY 32   /* floats after an output that must stay as they were */
 #define POISON 0x7fc0dead
 
 static acre_kernels tables[3];
@@ -19,19 +20,19 @@ static uint64_t seed;
 /* ---------------------------------------------------------------- memory */
 
 static float *poisoned(int64_t n) {
-  float *x = malloc((size_t)(n + GUARD) * sizeof(float));
-  for (int64_t i = 0; i < n + GUARD; i++) x[i] = acre_from_bits(POISON);
+  float *x = guarded_alloc((size_t)(n + CANARY) * sizeof(float));
+  for (int64_t i = 0; i < n + CANARY; i++) x[i] = acre_from_bits(POISON);
   return x;
 }
 
 static float *random_floats(int64_t n) {
-  float *x = poisoned(n);
+  float *x = guarded_alloc((size_t)n * sizeof(float));
   for (int64_t i = 0; i < n; i++) x[i] = random_float(&seed);
   return x;
 }
 
-static bool guarded(const float *x, int64_t n) {
-  for (int64_t i = n; i < n + GUARD; i++)
+static bool unharmed(const float *x, int64_t n) {
+  for (int64_t i = n; i < n + CANARY; i++)
     if (acre_bits(x[i]) != POISON) return false;
   return true;
 }
@@ -49,7 +50,7 @@ typedef struct tile_case {
 
 static uint16_t *pack_bf16(const float *b, int64_t panels, int64_t k) {
   int64_t size = acre_round_up(k, 2) * ACRE_PANEL;
-  uint16_t *packed = calloc((size_t)(panels * size) + 64, sizeof *packed);
+  uint16_t *packed = guarded_alloc((size_t)(panels * size) * sizeof *packed);
   for (int64_t p = 0; p < panels; p++)
     for (int64_t x = 0; x < k; x++)
       for (int64_t j = 0; j < ACRE_PANEL; j++)
@@ -102,16 +103,17 @@ static void test_tile(const tile_case *c) {
     float *y = poisoned(n);
     if (c->add) memcpy(y, old, (size_t)n * sizeof(float));
     run_tile(&tables[i], c, y, a, b, packed);
-    CHECK(guarded(y, n));
+    CHECK(unharmed(y, n));
     if (first) {
       CHECK(same(first, y, n));
-      free(y);
+      guarded_free(y);
     } else {
       CHECK(tile_within_bound(c, y, old, a, b));
       first = y;
     }
   }
-  free(a), free(b), free(old), free(packed), free(first);
+  guarded_free(a), guarded_free(b), guarded_free(old), guarded_free(packed),
+      guarded_free(first);
 }
 
 static void test_tiles(void) {
@@ -213,18 +215,18 @@ static void test_vectors(void) {
       float *first = poisoned(size);
       call_kernel(&tables[0], which, first, n, x);
       CHECK(within_bound(which, n, first, x));
-      CHECK(guarded(first, size));
+      CHECK(unharmed(first, size));
       for (int i = 1; i < table_count; i++) {
         float *y = poisoned(size);
         call_kernel(&tables[i], which, y, n, x);
-        bool equal = same(first, y, size) && guarded(y, size);
+        bool equal = same(first, y, size) && unharmed(y, size);
         CHECK(equal);
         if (!equal) fprintf(stderr, "  kernel %d, n %d\n", which, (int)n);
-        free(y);
+        guarded_free(y);
       }
-      free(first);
+      guarded_free(first);
     }
-    for (int i = 0; i < 4; i++) free(x[i]);
+    for (int i = 0; i < 4; i++) guarded_free(x[i]);
   }
 }
 
@@ -279,7 +281,7 @@ static void test_softmax(void) {
         run_softmax(&tables[i], &other, logits, given, n, scale);
         CHECK(memcmp(&first, &other, sizeof first) == 0);
       }
-      free(logits), free(bias);
+      guarded_free(logits), guarded_free(bias);
     }
   }
 }
