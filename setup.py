@@ -48,7 +48,7 @@ class ParallelBuild(build_ext):
 
     def build_extensions(self) -> None:
         compile_some = self.compiler.compile
-        workers = self.parallel or len(os.sched_getaffinity(0))
+        workers = self.parallel or os.cpu_count() or 1
 
         def compile_all(sources, *args, **kwargs):
             with ThreadPoolExecutor(workers) as pool:

@@ -157,6 +157,14 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def processor() -> str:
+    """The processor's name."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -194,7 +202,7 @@ def main() -> None:
     if options.json:
         record = {
             "commit": commit(),
-            "machine": platform.processor(),
+            "machine": processor(),
             "isa": engine.isa,
         }
         with options.json.open("a", encoding="utf-8") as out:

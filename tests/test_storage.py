@@ -23,16 +23,6 @@ QUESTION = "who wrote the ledger?"
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy.model()
-
-
-@pytest.fixture(scope="module")
-def cache(model):
-    return model.build(toy.sentence(1, 100), **toy.BUILD)
-
-
 @pytest.fixture
 def saved(cache, tmp_path):
     path = tmp_path / "text.acre"
