@@ -13,8 +13,9 @@ from acre.cache import Cache
 from acre.chat import Frame
 from acre.errors import CacheFileError, ModelFileError
 from acre.generate import Stream
-from acre.model import Model, Scoring
+from acre.model import Model
 from acre.report import Answer, Span, Stats
+from acre.scoring import Scoring
 from acre.tokenizer import Tokenizer
 
 __all__ = [

@@ -9,6 +9,7 @@ that cannot fit, before any work.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from acre.chat import Frame
 from acre.generate import integer
 from acre.model import check_ids, check_text
 from acre.report import Layout
+from acre.scoring import Scorer
 
 if TYPE_CHECKING:
     from acre.model import Ids, Model
@@ -46,6 +48,18 @@ class State:
     core: _core.Cache
     layout: Layout
     figures: Figures
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """Scores against this core cache."""
+        return Scorer(self.core)
+
+    def prepared(self, model: Model) -> State:
+        """Itself, with the prior that questions will divide by."""
+        scoring = model.scoring[self.core.proxy]
+        if scoring.calibrated and self.core.plan["m"]:
+            self.scorer.prior(scoring, "shared")
+        return self
 
 
 def _freeze(
@@ -168,7 +182,7 @@ def read(
     )
     figures = Figures(len(ids), 0, 0, time.perf_counter() - begin)
     layout = Layout(len(ids), len(prefix), core.plan["interval"], text, offsets)
-    return State(core, layout, figures), chosen
+    return State(core, layout, figures).prepared(model), chosen
 
 
 def extended(
@@ -195,7 +209,7 @@ def extended(
     )
     seconds = time.perf_counter() - begin
     figures = Figures(len(ids) - keep, keep, old.layout.n - keep, seconds)
-    return State(core, layout, figures)
+    return State(core, layout, figures).prepared(model)
 
 
 def _longer_text(model: Model, old: State, more: str) -> tuple[np.ndarray, int, Layout]:

@@ -24,6 +24,7 @@ from acre.chat import Frame
 from acre.generate import Sampling, Stream, Streamer, integer
 from acre.model import check_ids, check_text, elapsed_ms, is_batch, new_token_limit
 from acre.report import Answer, Layout, Span, Stats, spans_of
+from acre.scoring import Scoring
 
 if TYPE_CHECKING:
     from acre.model import Ids, Model
@@ -40,8 +41,7 @@ class _Ask:
 
     eta: int
     select: str
-    heads: np.ndarray | None
-    rotated: bool
+    scoring: Scoring
     groups: np.ndarray | None = None
 
 
@@ -231,20 +231,17 @@ class Cache:
         self,
         eta: int,
         select: str,
-        heads: Any = None,
-        rotated: bool | None = None,
+        scoring: Scoring | None = None,
         groups: Any = None,
     ) -> _Ask:
         if select not in SELECTS:
             raise ValueError(f"select: got {select!r}, expected one of {SELECTS}")
-        scoring = self.model.scoring
-        return _Ask(
-            integer("eta", eta, 0),
-            select,
-            scoring.heads if heads is None else np.asarray(heads),
-            scoring.rotated if rotated is None else bool(rotated),
-            _check_groups(groups),
-        )
+        if scoring is None:
+            scoring = self.model.scoring[self.proxy]
+        elif not isinstance(scoring, Scoring):
+            kind = type(scoring).__name__
+            raise TypeError(f"scoring: got {kind}, expected acre.Scoring")
+        return _Ask(integer("eta", eta, 0), select, scoring, _check_groups(groups))
 
     def _room(self, state: State, t: int) -> int:
         """Positions left for the answer; TooLongError for a question beyond reserve."""
@@ -255,14 +252,6 @@ class Cache:
                 f"{reserve}; shorten it or build with a larger reserve"
             )
         return reserve - t
-
-    def _score(
-        self, session: _core.Session, query: tuple[np.ndarray, int, int], ask: _Ask
-    ) -> np.ndarray:
-        """float32 [m] or [L, m]."""
-        return session.score(
-            *query, select=ask.select, rotated=ask.rotated, heads=ask.heads
-        )
 
     def _choose(
         self,
@@ -277,7 +266,7 @@ class Cache:
         k = state.core.refill_count(ask.eta)
         if k == 0:
             return np.zeros(0, dtype=np.int32), None
-        scores = self._score(session, query, ask)
+        scores = state.scorer.scores(session, query, ask.scoring, ask.select)
         if scores.ndim == 1:
             return _core.select_groups(scores, k), scores
         return np.stack([_core.select_groups(row, k) for row in scores]), scores
@@ -362,20 +351,19 @@ class Cache:
         seed: int = 0,
         stop: str | list[str] | None = None,
         groups: Any = None,
-        heads: Any = None,
-        rotated: bool | None = None,
+        scoring: Scoring | None = None,
         streamer: Any = None,
     ) -> Answer | list[Answer]:
         """Answers a question (a list gives a list); the cache stays as it is.
 
         eta: refill budget in L2 tokens, 0 = none, else at least one group. select: one
         choice of groups for all layers ("shared") or each layer its own ("per_layer").
-        groups: int [k] or [L, k] ascending, instead of scoring. heads: [L, h] query
-        heads that score, rotated: after RoPE; None = the model's `scoring`. Question
-        and new tokens must fit the reserve; only the default number of new tokens
-        yields. ValueError, TypeError, TooLongError, MemoryError.
+        groups: int [k] or [L, k] ascending, instead of scoring. scoring: None = the
+        model's choice for the cache's proxy. Question and new tokens must fit the
+        reserve; only the default number of new tokens yields. ValueError, TypeError,
+        TooLongError, MemoryError.
         """
-        options = self._options(eta, select, heads, rotated, groups)
+        options = self._options(eta, select, scoring, groups)
         sampling = Sampling(
             max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop
         )
@@ -395,40 +383,37 @@ class Cache:
         select: str = "shared",
         *,
         groups: Any = None,
-        heads: Any = None,
-        rotated: bool | None = None,
+        scoring: Scoring | None = None,
         streamer: Any = None,
         **sampling: Any,
     ) -> Stream:
         """As `ask` for one question, as an iterator over text pieces; its `.answer` is
         the Answer once the pieces are used up."""
-        options = self._options(eta, select, heads, rotated, groups)
+        options = self._options(eta, select, scoring, groups)
         return Stream(self._answer(question, options, Sampling(**sampling), streamer))
 
     def score(
         self,
         question: str | Ids,
         select: str = "shared",
-        heads: Any = None,
-        rotated: bool | None = None,
+        scoring: Scoring | None = None,
     ) -> np.ndarray:
         """Scores of the groups for a question: float32 [m], or [L, m] per layer."""
-        state, ask = self._state, self._options(0, select, heads, rotated)
+        state, ask = self._state, self._options(0, select, scoring)
         query = self._question(question)
         self._room(state, len(query[0]))
         session = _core.Session(self.model.core, state.core, capacity=len(query[0]))
-        return self._score(session, query, ask)
+        return state.scorer.scores(session, query, ask.scoring, ask.select)
 
     def refill(
         self,
         question: str | Ids,
         eta: int = 4096,
         select: str = "shared",
-        heads: Any = None,
-        rotated: bool | None = None,
+        scoring: Scoring | None = None,
     ) -> list[Span]:
         """The spans that `ask` would refill, without answering."""
-        state, ask = self._state, self._options(eta, select, heads, rotated)
+        state, ask = self._state, self._options(eta, select, scoring)
         query = self._question(question)
         self._room(state, len(query[0]))
         session = _core.Session(self.model.core, state.core, capacity=len(query[0]))

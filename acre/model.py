@@ -14,8 +14,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from acre import _core, generate, loaders
 from acre.errors import ModelFileError
 from acre.generate import Sampling, Stream, Streamer, integer
+from acre.scoring import registered
 from acre.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,40 +39,6 @@ DTYPES = {
     "float32": "f32",
 }
 SAMPLE_BLOCKS, SAMPLE_ELEMENTS = 16, 2048
-
-
-# ----------------------------------------------------------------------- scoring choice
-
-
-@dataclass
-class Scoring:
-    """Which query heads judge the groups, and whether rotated queries and keys do.
-
-    heads: uint8 [L, h], nonzero = counts; None = the last layer's heads (shared
-    selection) or every layer's own (per_layer). rotated: score after RoPE.
-    """
-
-    heads: np.ndarray | None = None
-    rotated: bool = True
-
-
-def _registered_scoring(keys: Iterable[str], layers: int, heads: int) -> Scoring:
-    """The measured choice of the first key that acre/scoring.json knows, or the
-    default.
-
-    An entry: {"heads": [[layer, head], ...] or null, "rotated": bool}.
-    """
-    text = resources.files("acre").joinpath("scoring.json").read_text("utf-8")
-    table = json.loads(text)
-    entry = next((table[key] for key in keys if key in table), None)
-    if entry is None:
-        return Scoring()
-    mask = None
-    if entry.get("heads") is not None:
-        mask = np.zeros((layers, heads), dtype=np.uint8)
-        for layer, head in entry["heads"]:
-            mask[layer, head] = 1
-    return Scoring(mask, bool(entry.get("rotated", True)))
 
 
 # ------------------------------------------------------------------------- fingerprints
@@ -213,8 +178,8 @@ def is_batch(value: Any) -> bool:
 
 
 class Model:
-    """Weights on a device, a tokenizer, a scoring choice. Immutable but for `scoring`;
-    may be used from several threads at once."""
+    """Weights on a device, a tokenizer, a scoring choice per proxy. Immutable but for
+    `scoring`; may be used from several threads at once."""
 
     def __init__(
         self,
@@ -234,7 +199,7 @@ class Model:
             "adapter": fingerprints[1],
             "tokenizer": words,
         }
-        self.scoring = _registered_scoring(
+        self.scoring = registered(
             (fingerprints[0], name), self.config["layers"], self.config["heads"]
         )
 

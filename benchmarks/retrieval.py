@@ -17,6 +17,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from bench_cpu import commit, smollm2
 import acre
 from acre import _core
 from acre.chat import Frame
+from acre.scoring import Scorer
 
 
 @dataclass
@@ -107,18 +109,28 @@ def build(
 # ------------------------------------------------------------------- ways of choosing
 
 
-def by_scores(
-    bench: Bench, heads: np.ndarray | None, rotated: bool
-) -> list[np.ndarray]:
+def by_scores(bench: Bench, scoring: acre.Scoring) -> list[np.ndarray]:
     """Scores [m] of every question."""
-    out = []
+    scorer, out = Scorer(bench.cache), []
     for asked in bench.asked:
         session = _core.Session(bench.model.core, bench.cache, capacity=len(asked.ids))
-        out.append(
-            session.score(
-                asked.ids, asked.first, asked.last, rotated=rotated, heads=heads
-            )
-        )
+        query = (asked.ids, asked.first, asked.last)
+        out.append(scorer.scores(session, query, scoring, "shared"))
+    return out
+
+
+def choices(bench: Bench) -> dict[str, acre.Scoring]:
+    """The model's own scoring, and the plain ones that it was chosen over."""
+    proxy, config = bench.cache.proxy, bench.model.config
+    out = {proxy: bench.model.scoring[proxy]}
+    if proxy == "pooled":
+        every = np.ones((config["layers"], config["heads"]), dtype=np.uint8)
+        for layers, heads in (("last layer", None), ("all layers", every)):
+            for rotated in (True, False):
+                for calibrated in (False, True):
+                    name = f"{layers}, {'rotated' if rotated else 'unrotated'}"
+                    name += ", calibrated" * calibrated
+                    out[name] = acre.Scoring(heads, rotated, calibrated)
     return out
 
 
@@ -173,10 +185,11 @@ def exact_match(
     bench: Bench,
     scores: list[np.ndarray],
     eta: int,
-    new_tokens: int = 16,
-    limit: int = 50,
+    limit: int,
+    new_tokens: int = 14,
 ) -> float:
-    """Share of questions whose greedy answer contains an accepted answer."""
+    """Share of the first `limit` questions whose greedy answer contains an accepted
+    one."""
     k, hits, stop = bench.cache.refill_count(eta), 0, set(bench.model.eos_ids)
     pairs = list(zip(bench.asked, scores, strict=True))[:limit]
     for asked, row in pairs:
@@ -208,18 +221,14 @@ def make_probe(
     return probes.passages(split, seed=seed)
 
 
-def measure(bench: Bench, name: str, options: argparse.Namespace) -> list[dict]:
+def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[dict]:
     """Rows of one built probe."""
     proxy = bench.cache.proxy
-    scoring = bench.model.scoring
-    ways = {f"{proxy}": by_scores(bench, scoring.heads, scoring.rotated)}
-    if scoring.heads is not None:
-        ways[f"{proxy}, last layer"] = by_scores(bench, None, True)
+    ways = {way: by_scores(bench, how) for way, how in choices(bench).items()}
     if proxy == "pooled":
         ways["random"] = at_random(bench)
         if name == "nq":
             ways["bm25"] = by_bm25(bench)
-    out = []
     for way, scores in ways.items():
         for eta in options.eta:
             row = {
@@ -231,11 +240,10 @@ def measure(bench: Bench, name: str, options: argparse.Namespace) -> list[dict]:
                 "questions": len(bench.asked),
                 "recall": round(recall(bench, scores, eta), 3),
             }
-            if options.answer and name != "nq" and "last" not in way:
-                row["exact"] = round(exact_match(bench, scores, eta), 3)
-            out.append(row)
-            print(json.dumps(row), flush=True)
-    return out
+            if options.answer and name != "nq" and "layer" not in way:
+                row["answered"] = min(options.answer, len(bench.asked))
+                row["exact"] = round(exact_match(bench, scores, eta, options.answer), 3)
+            yield row
 
 
 def main() -> None:
@@ -249,7 +257,7 @@ def main() -> None:
     parser.add_argument("--split", default="dev", choices=["dev", "train"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--answer", action="store_true", help="exact match too (slower)"
+        "--answer", type=int, default=0, help="questions per text to answer as well"
     )
     parser.add_argument(
         "--json", type=pathlib.Path, help="append the rows to this file"
@@ -258,17 +266,16 @@ def main() -> None:
     if probes.data_dir() is None:
         sys.exit("set ACRE_DATA to the folder with books.dev.jsonl.xz and the others")
     model = acre.Model.from_pretrained(options.model or smollm2())
-    rows = []
-    for name in options.probes:
-        for tokens in options.lengths if name != "nq" else [0]:
-            probe = make_probe(name, model, tokens, options.split, options.seed)
-            for proxy in options.proxies:
-                rows += measure(build(model, probe, proxy), name, options)
-    if options.json:
-        with options.json.open("a", encoding="utf-8") as out:
-            out.writelines(
-                json.dumps({"commit": commit(), **row}) + "\n" for row in rows
-            )
+    texts = [("nq", 0)] if "nq" in options.probes else []
+    texts += [(p, n) for n in options.lengths for p in options.probes if p != "nq"]
+    for name, tokens in texts:
+        probe = make_probe(name, model, tokens, options.split, options.seed)
+        for proxy in options.proxies:
+            for row in measure(build(model, probe, proxy), name, options):
+                print(json.dumps(row), flush=True)
+                if options.json:
+                    with options.json.open("a", encoding="utf-8") as out:
+                        out.write(json.dumps({"commit": commit(), **row}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which heads find the evidence? Recall of every layer and head, rotated and unrotated.
+"""Which heads find the evidence? Recall of sets of heads, rotated or not, calibrated.
 
     ACRE_DATA=... python benchmarks/scoring_heads.py --out acre/scoring.json
 
@@ -14,103 +14,112 @@ import json
 import pathlib
 
 import numpy as np
+import probes
 from bench_cpu import smollm2
 from retrieval import Bench, build, make_probe, recall
 
 import acre
 from acre import _core
+from acre.scoring import calibrate, own_question
+
+Heads = list[tuple[int, int]]
 
 
-def head_scores(bench: Bench, rotated: bool) -> np.ndarray:
-    """float32 [questions, L, h, m]: each head's softmax, summed over the question."""
-    config = bench.model.config
-    L, h = config["layers"], config["heads"]
-    out = np.empty((len(bench.asked), L, h, bench.m), dtype=np.float32)
-    for i, asked in enumerate(bench.asked):
-        for head in range(h):
-            mask = np.zeros((L, h), dtype=np.uint8)
+class Judged:
+    """A built probe with each head's own scores: `own` float32 [questions, L, h, m],
+    and of the text's own question, `prior` [L, h, m]."""
+
+    def __init__(self, bench: Bench, rotated: bool) -> None:
+        self.bench, self.rotated = bench, rotated
+        self.own = np.stack([self._heads(a.ids, a.first, a.last) for a in bench.asked])
+        plan = bench.cache.plan
+        closed = bench.cache.ids[: plan["m"] * plan["interval"]]
+        ids = own_question(closed, plan["reserve"])
+        self.prior = self._heads(ids, 0, len(ids))
+
+    def _heads(self, ids: np.ndarray, first: int, last: int) -> np.ndarray:
+        """float32 [L, h, m]: one pass per head index, every layer by itself."""
+        config = self.bench.model.config
+        shape = (config["layers"], config["heads"])
+        out = np.empty((*shape, self.bench.m), dtype=np.float32)
+        for head in range(shape[1]):
+            mask = np.zeros(shape, dtype=np.uint8)
             mask[:, head] = 1
             session = _core.Session(
-                bench.model.core, bench.cache, capacity=len(asked.ids)
+                self.bench.model.core, self.bench.cache, capacity=len(ids)
             )
-            out[i, :, head] = session.score(
-                asked.ids, asked.first, asked.last, select="per_layer", rotated=rotated,
-                heads=mask,
-            )  # fmt: skip
-    return out
+            out[:, head] = session.score(
+                ids, first, last, select="per_layer", rotated=self.rotated, heads=mask
+            )
+        return out
+
+    def recall(self, heads: Heads, calibrated: bool, etas: list[int]) -> float:
+        """Mean over the budgets."""
+        layers, columns = zip(*heads, strict=True)
+        scores = self.own[:, layers, columns].sum(1)
+        if calibrated:
+            scores = calibrate(scores, self.prior[layers, columns].sum(0))
+        return float(np.mean([recall(self.bench, list(scores), eta) for eta in etas]))
 
 
 def choose(
-    benches: list[Bench], scores: list[np.ndarray], eta: int, most: int
-) -> list[tuple[list, float]]:
+    judged: list[Judged], calibrated: bool, etas: list[int], most: int
+) -> list[tuple[Heads, float]]:
     """Greedy: adds the head that raises mean recall most; (heads, recall) per step."""
-    L, h = scores[0].shape[1:3]
 
-    def mean_recall(sums: list[np.ndarray]) -> float:
-        rows = zip(benches, sums, strict=True)
-        return float(np.mean([recall(bench, list(s), eta) for bench, s in rows]))
+    def value(heads: Heads) -> float:
+        return float(np.mean([j.recall(heads, calibrated, etas) for j in judged]))
 
-    single = np.array(
-        [
-            [mean_recall([s[:, i, j] for s in scores]) for j in range(h)]
-            for i in range(L)
-        ]
-    )
-    pool = [divmod(int(at), h) for at in np.argsort(-single, axis=None)[:32]]
-    sums = [np.zeros_like(s[:, 0, 0]) for s in scores]
-    chosen, steps = [], []
-    while len(chosen) < most:
-        rest = [head for head in pool if head not in chosen]
-        tries = [
-            mean_recall([a + s[:, i, j] for a, s in zip(sums, scores, strict=True)])
-            for i, j in rest
-        ]
-        best = rest[int(np.argmax(tries))]
-        sums = [a + s[:, best[0], best[1]] for a, s in zip(sums, scores, strict=True)]
-        chosen.append(best)
-        steps.append((list(chosen), max(tries)))
-    return steps
+    layers, columns = judged[0].prior.shape[:2]
+    every = [(i, j) for i in range(layers) for j in range(columns)]
+    best = sorted(every, key=lambda head: -value([head]))[:40]
+    steps: list[tuple[Heads, float]] = [([], 0.0)]
+    while len(steps) <= most:
+        heads = steps[-1][0]
+        tries = [[*heads, head] for head in best if head not in heads]
+        steps.append(max(((t, value(t)) for t in tries), key=lambda step: step[1]))
+    return steps[1:]
 
 
 def main() -> None:
     """Prints recall per choice and writes the best one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=pathlib.Path)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--eta", type=int, default=1024)
-    parser.add_argument("--most", type=int, default=12)
-    parser.add_argument("--proxy", default="pooled")
+    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--interval", type=int, default=16)
+    parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--most", type=int, default=8)
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     model = acre.Model.from_pretrained(options.model or smollm2())
-    benches = []
-    for name in ("needle", "kv", "nq"):
-        probe = make_probe(name, model, options.tokens, "train", seed=1)
-        benches.append(build(model, probe, options.proxy))
-    best: tuple = ([], -1.0, True)
+    texts = [
+        make_probe("needle", model, options.tokens, "train", seed=1),
+        make_probe("kv", model, options.tokens, "train", seed=1),
+        probes.passages("train", limit=150, questions=50, seed=1),
+    ]
+    benches = [build(model, text, "pooled", options.interval) for text in texts]
+    best: tuple = ([], -1.0, {})
     for rotated in (True, False):
-        scores = [head_scores(bench, rotated) for bench in benches]
-        layer = [recall(b, list(s[:, -1].sum(1)), options.eta) for b, s in
-                 zip(benches, scores, strict=True)]  # fmt: skip
-        every = [recall(b, list(s.sum((1, 2))), options.eta) for b, s in
-                 zip(benches, scores, strict=True)]  # fmt: skip
-        print(f"rotated={rotated}: last layer {layer}, all layers {every}", flush=True)
-        for heads, value in choose(benches, scores, options.eta, options.most):
-            each = [
-                recall(b, list(sum(s[:, i, j] for i, j in heads)), options.eta)
-                for b, s in zip(benches, scores, strict=True)
-            ]
-            print(
-                f"  {len(heads)} heads: mean {value:.3f} {each} {heads[-1]}", flush=True
-            )
-            if value > best[1]:
-                best = (heads, value, rotated)
+        judged = [Judged(bench, rotated) for bench in benches]
+        for calibrated in (False, True):
+            how = {"rotated": rotated, "calibrated": calibrated}
+            for heads, value in choose(judged, calibrated, options.eta, options.most):
+                each = [
+                    round(j.recall(heads, calibrated, options.eta), 2) for j in judged
+                ]
+                print(
+                    how, f"{len(heads)} heads: {value:.3f}", each, heads[-1], flush=True
+                )
+                if value > best[1] + 0.002 * (len(heads) - len(best[0])):
+                    best = (heads, value, how)
     print("chosen:", best)
     if options.out:
-        entry = {"heads": [list(head) for head in best[0]], "rotated": best[2]}
+        entry = {"pooled": {"heads": [list(head) for head in best[0]], **best[2]}}
         table = json.loads(options.out.read_text()) if options.out.exists() else {}
-        table[model.fingerprint] = entry
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+        for key in (model.fingerprint, model.name):
+            table[key] = entry
+        lines = [f" {json.dumps(key)}: {json.dumps(table[key])}" for key in table]
+        options.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import threading
 import weakref
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import toy
 
 import acre
+from acre import scoring
 from acre.generate import Detokenizer, Sampling, StopFinder, Streamer
 
 QUESTION = "who wrote the ledger?"
@@ -201,15 +203,48 @@ def test_per_layer(cache):
 def test_heads_and_rotation_change_the_scores(cache, model):
     mask = np.zeros((2, 4), dtype=np.uint8)
     mask[0, 1] = 1
-    own = cache.score(QUESTION, heads=mask)
-    assert not np.allclose(own, cache.score(QUESTION))
-    assert not np.allclose(cache.score(QUESTION, rotated=False), cache.score(QUESTION))
-    before = model.scoring
+    own, usual = (
+        cache.score(QUESTION, scoring=acre.Scoring(mask)),
+        cache.score(QUESTION),
+    )
+    assert not np.allclose(own, usual)
+    assert not np.allclose(
+        cache.score(QUESTION, scoring=acre.Scoring(rotated=False)), usual
+    )
+    before = dict(model.scoring)
     try:
-        model.scoring = acre.Scoring(mask, True)
+        model.scoring["pooled"] = acre.Scoring(mask)
         assert np.array_equal(cache.score(QUESTION), own)
     finally:
         model.scoring = before
+
+
+@pytest.mark.parametrize("select", ["shared", "per_layer"])
+def test_calibrated_scores_are_divided_by_the_prior(cache, text, select):
+    """The prior, from its definition: eight stretches of the text asked as one."""
+    raw = cache.score(QUESTION, select)
+    closed = cache.plan["m"] * cache.plan["interval"]
+    ids = np.asarray(cache.ids[:closed])
+    starts = [int((i + 0.5) * (closed - 16) / 8) for i in range(8)]
+    own = np.concatenate([ids[start : start + 16] for start in starts])
+    prior = cache.score(own, select)
+    got = cache.score(QUESTION, select, scoring=acre.Scoring(calibrated=True))
+    relative = prior / prior.mean(axis=-1, keepdims=True)
+    assert np.allclose(got * (relative + 1e-3), raw, rtol=1e-5)
+    assert not np.allclose(got, raw)
+    answer = cache.ask(QUESTION, 32, select, scoring=acre.Scoring(calibrated=True))
+    assert np.array_equal(answer.scores, got)
+
+
+def test_registered_choices(monkeypatch, tmp_path):
+    table = {"some": {"pooled": {"heads": [[1, 2]], "calibrated": True}}}
+    (tmp_path / "scoring.json").write_text(json.dumps(table))
+    monkeypatch.setattr(scoring.resources, "files", lambda _: tmp_path)
+    found = scoring.registered(("other", "some"), 2, 4)
+    assert found["pooled"].calibrated and found["pooled"].rotated
+    assert np.flatnonzero(found["pooled"].heads).tolist() == [6]
+    assert found["trained"].heads is None and not found["trained"].calibrated
+    assert scoring.registered(("other",), 2, 4)["pooled"].heads is None
 
 
 def test_order_of_questions_does_not_matter(cache):
