@@ -41,6 +41,8 @@ class _Plan(TypedDict):
     carry: int
     eta: int
     reserve: int
+    weight: int
+    sink: int
     windows: int
     m: int
     recent: int
@@ -94,6 +96,8 @@ class Model:
         carry: int = 0,
         eta: int = 4096,
         reserve: int = 0,
+        weight: int = 0,
+        sink: int = 0,
     ) -> _Plan: ...
     @property
     def config(self) -> dict[str, Any]: ...
@@ -118,6 +122,8 @@ class Builder:
         carry: int = 0,
         eta: int = 4096,
         reserve: int = 0,
+        weight: int = 0,
+        sink: int = 0,
         base: Cache | None = None,
         keep: int | None = None,
     ) -> Builder: ...

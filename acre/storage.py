@@ -48,7 +48,9 @@ PARTS = {
     "recent.keys": "recent_keys",
     "recent.values": "recent_values",
 }
-OPTIONS = ("interval", "window", "stride", "carry", "eta", "reserve")
+OPTIONS = (
+    "interval", "window", "stride", "carry", "eta", "reserve", "weight", "sink",
+)  # fmt: skip
 FINGERPRINTS = ("model", "tokenizer", "adapter", "frame")
 HEADER_CRC, ZERO_CRC = "crc32.header", "00000000"
 

@@ -193,13 +193,15 @@ typedef struct acre_build_options {
   int64_t carry;    /* L2 tokens of earlier windows that stay attendable; 0 <= carry <= s */
   int64_t eta;      /* refill budget to leave room for, L2 tokens; default 4096 */
   int64_t reserve;  /* positions kept for question and answer; 0 = min(4096, w_max/8) */
+  int64_t weight;   /* tokens that a pooled entry counts for in attention; 0 = interval */
+  int64_t sink;     /* 1: pooled entry 0 is the first token, its attention sink; or 0 */
 } acre_build_options;
 
 ACRE_API acre_build_options acre_build_options_default(void);
 
 /* What a text of n tokens becomes; the integers only. */
 typedef struct acre_plan {
-  int64_t n, interval, window, stride, carry, eta, reserve;
+  int64_t n, interval, window, stride, carry, eta, reserve, weight, sink;
   int64_t windows;   /* full windows */
   int64_t m;         /* L1 entries */
   int64_t recent;    /* r: resident entries after the last L1 entry, L1 tokens included */

@@ -131,7 +131,8 @@ static void move_l1_tokens(acre_builder *b, int64_t layer, int which) {
   copy_rows(b, which, layer, b->m, &all, 1);
 }
 
-/* The new L1 entries of one layer, as means of their groups (training-free proxies). */
+/* The new L1 entries of one layer, as means of their groups (training-free proxies). A sink,
+ * the first token that heads with nothing to look for attend to, would vanish in a mean. */
 static void pool_groups(acre_builder *b, int64_t layer, int which, int64_t groups) {
   const acre_model_config *c = &b->model->config;
   int64_t first = b->m * b->nested.interval, rows = groups * b->nested.interval;
@@ -146,6 +147,9 @@ static void pool_groups(acre_builder *b, int64_t layer, int which, int64_t group
   b->model->backend->ops->pool(
       b->ws.queue, acre_timeline_at(&b->resident, which, layer, b->m), b->pool, groups,
       b->nested.interval, c->kv_heads * c->head_dim, c->dtype);
+  if (first || !groups || !b->cache->plan.sink) return;
+  acre_span sink = {b->pool[0], 0, 1};
+  copy_rows(b, which, layer, 0, &sink, 1);
 }
 
 static acre_status close_window(acre_builder *b, acre_error *error) {
@@ -164,8 +168,7 @@ static acre_status close_window(acre_builder *b, acre_error *error) {
   }
   b->m += groups;
   b->window_start = b->read;
-  acre_cache_fill_bias(b->model, b->ws.queue, &b->resident, b->m,
-                       acre_cache_bias(&b->cache->plan, b->cache->proxy));
+  acre_cache_fill_bias(b->model, b->ws.queue, &b->resident, b->m, &b->cache->plan);
   set_middle(b, acre_min(b->cache->plan.carry, b->cache->l2.tokens));
   return ops->sync(b->ws.queue, error);
 }
@@ -254,7 +257,7 @@ static acre_status freeze(acre_builder *b, acre_cache **out, acre_error *error) 
   acre_cache *cache = b->cache;
   acre_timeline frozen;
   ACRE_TRY(acre_timeline_open(&frozen, b->model, b->m + cache->plan.recent, true,
-                              cache->proxy == ACRE_PROXY_POOLED, error));
+                              acre_plan_biased(&cache->plan), error));
   b->spent = true;
   acre_status status = ACRE_OK;
   for (int64_t layer = 0; status == ACRE_OK && layer < frozen.layers; ++layer) {
@@ -266,8 +269,7 @@ static acre_status freeze(acre_builder *b, acre_cache **out, acre_error *error) 
       *buffer = NULL;
     }
   }
-  acre_cache_fill_bias(b->model, b->ws.queue, &frozen, b->m,
-                       acre_cache_bias(&cache->plan, cache->proxy));
+  acre_cache_fill_bias(b->model, b->ws.queue, &frozen, b->m, &cache->plan);
   if (status == ACRE_OK) status = b->model->backend->ops->sync(b->ws.queue, error);
   frozen.count = frozen.capacity;
   cache->resident = frozen;
@@ -313,7 +315,7 @@ static acre_status open_scratch(acre_builder *b, acre_error *error) {
   ACRE_TRY(
       acre_workspace_open(&b->ws, b->model, acre_plan_rows(plan, proxy, b->model), error));
   ACRE_TRY(acre_timeline_open(&b->resident, b->model, acre_plan_capacity(plan, proxy), true,
-                              proxy == ACRE_PROXY_POOLED, error));
+                              acre_plan_biased(plan), error));
   if (b->nested.l1_tokens) {
     ACRE_TRY(b->model->backend->ops->alloc(b->model->backend, &b->staging,
                                            (size_t)groups * b->resident.row_bytes, error));
@@ -344,8 +346,7 @@ static acre_status thaw(acre_builder *b, const acre_cache *from, int64_t keep,
       copy_rows(b, which, layer, 0, &span, 1);
     }
   }
-  acre_cache_fill_bias(b->model, b->ws.queue, &b->resident, b->m,
-                       acre_cache_bias(&from->plan, from->proxy));
+  acre_cache_fill_bias(b->model, b->ws.queue, &b->resident, b->m, &from->plan);
   set_middle(b, acre_min(from->plan.carry, b->cache->l2.tokens));
   int64_t open = acre_nested_length(&b->nested, b->window_start, keep);
   int64_t old_row = b->m + acre_plan_orphans(&from->plan), row = b->resident.count;
@@ -402,8 +403,9 @@ acre_status acre_builder_open(acre_builder **out, acre_model *model,
   if (from) {
     const acre_plan *p = &from->plan;
     ACRE_TRY(check_continuation(model, from, keep, given, error));
-    options = (acre_build_options){sizeof options, from->proxy, p->interval, p->window,
-                                   p->stride,      p->carry,    p->eta,      p->reserve};
+    options =
+        (acre_build_options){sizeof options, from->proxy, p->interval, p->window, p->stride,
+                             p->carry,       p->eta,      p->reserve,  p->weight, p->sink};
   }
   int64_t kept = from ? keep : 0;
   acre_plan plan;

@@ -53,19 +53,16 @@ size_t acre_cache_bytes(const acre_cache *cache) {
 
 /* ---------------------------------------------------------------- bias */
 
-float acre_cache_bias(const acre_plan *plan, acre_proxy proxy) {
-  return proxy == ACRE_PROXY_POOLED ? (float)log((double)plan->interval) : 0;
-}
-
 void acre_cache_fill_bias(const acre_model *model, acre_queue *queue,
-                          acre_timeline *timeline, int64_t m, float bias) {
+                          acre_timeline *timeline, int64_t m, const acre_plan *plan) {
   if (!timeline->bias) return;
-  float block[256];
-  for (int64_t i = 0; i < ACRE_COUNT(block); ++i) block[i] = bias;
+  float block[256], weight = (float)log((double)plan->weight);
   float *at = acre_buffer_data(timeline->bias);
+  for (int64_t i = 0; i < ACRE_COUNT(block); ++i) block[i] = i < plan->sink ? 0 : weight;
   for (int64_t i = 0; i < m; i += ACRE_COUNT(block)) {
     int64_t rows = acre_min(m - i, ACRE_COUNT(block));
     model->backend->ops->upload(queue, at + i, block, (size_t)rows * sizeof *block);
+    block[0] = weight;
   }
 }
 
@@ -213,7 +210,7 @@ static acre_status fill_resident(acre_cache *cache, acre_error *error) {
   acre_queue *queue;
   ACRE_TRY(ops->queue_open(model->backend, &queue, error));
   acre_status status = acre_timeline_open(&cache->resident, model, entries, true,
-                                          cache->proxy == ACRE_PROXY_POOLED, error);
+                                          acre_plan_biased(plan), error);
   if (status == ACRE_OK) {
     for (int64_t layer = 0; layer < model->config.layers; ++layer) {
       fill_layer(cache, queue, ACRE_RAW, layer);
@@ -223,8 +220,7 @@ static acre_status fill_resident(acre_cache *cache, acre_error *error) {
                   acre_buffer_data(model->cos), acre_buffer_data(model->sin), 0, entries,
                   &model->heads);
     }
-    acre_cache_fill_bias(model, queue, &cache->resident, plan->m,
-                         acre_cache_bias(plan, cache->proxy));
+    acre_cache_fill_bias(model, queue, &cache->resident, plan->m, plan);
     cache->resident.count = entries;
     status = ops->sync(queue, error);
     if (status != ACRE_OK) acre_timeline_close(&cache->resident);

@@ -34,9 +34,10 @@ acre_status acre_cache_new(acre_cache **out, acre_model *model, const acre_plan 
 /* The resident timeline, made now if it is not there yet. */
 acre_status acre_cache_resident(const acre_timeline **out, const acre_cache *cache,
                                 acre_error *error);
-/* Sets the biases of a resident timeline whose first m entries are L1 entries. */
+/* Sets the biases of a resident timeline whose first m entries are L1 entries: log(weight),
+ * but none on a sink. */
 void acre_cache_fill_bias(const acre_model *model, acre_queue *queue,
-                          acre_timeline *timeline, int64_t m, float bias);
-float acre_cache_bias(const acre_plan *plan, acre_proxy proxy);
+                          acre_timeline *timeline, int64_t m, const acre_plan *plan);
+static inline bool acre_plan_biased(const acre_plan *plan) { return plan->weight > 1; }
 
 #endif

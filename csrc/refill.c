@@ -1,5 +1,7 @@
 #include "refill.h"
 
+#include <math.h>
+
 acre_status acre_refill_check(const acre_cache *cache, const int32_t *groups, int64_t k,
                               bool per_layer, acre_error *error) {
   int64_t m = cache->plan.m, lists = per_layer ? cache->model->config.layers : 1;
@@ -55,16 +57,16 @@ static int64_t layer_spans(const splice *s, const int32_t *groups, int which,
   return count;
 }
 
-/* Pooled L1 entries keep the weight of the l tokens they stand for; L2 and recent have none. */
+/* Pooled L1 entries keep their weight; a sink, L2 and recent entries have none. */
 static void layer_bias(const splice *s, const int32_t *groups, int64_t layer) {
   int64_t l = s->cache->plan.interval, m = s->cache->plan.m, row = 0, next = 0;
-  float weight = acre_cache_bias(&s->cache->plan, s->cache->proxy);
+  float weight = (float)log((double)s->cache->plan.weight);
   for (int64_t j = 0; j < m; ++j) {
     if (next < s->k && groups[next] == j) {
       for (int64_t i = 0; i < l; ++i) s->bias[row++] = 0;
       ++next;
     }
-    s->bias[row++] = weight;
+    s->bias[row++] = j < s->cache->plan.sink ? 0 : weight;
   }
   float *to = acre_buffer_data(s->to->bias);
   s->cache->model->backend->ops->upload(s->queue, to + layer * s->to->bias_stride, s->bias,
@@ -95,7 +97,7 @@ acre_status acre_refill_open(acre_timeline *out, const acre_cache *cache, acre_q
   ACRE_TRY(acre_timeline_open(out, model, entries + extra, false, false, error));
   out->count = entries;
   acre_status status = ACRE_OK;
-  if (cache->proxy == ACRE_PROXY_POOLED) {
+  if (acre_plan_biased(&cache->plan)) {
     int64_t layers = per_layer ? model->config.layers : 1;
     out->bias_stride = per_layer ? out->capacity : 0;
     status =

@@ -101,7 +101,9 @@ static acre_status check_options(const acre_build_options *o, int64_t n, int64_t
                 {"stride", o->stride, 1, 1 << 24},
                 {"carry", o->carry, 0, o->stride},
                 {"eta", o->eta, 0, 1 << 26},
-                {"reserve", o->reserve, 0, w_max}};
+                {"reserve", o->reserve, 0, w_max},
+                {"weight", o->weight, 0, o->proxy == ACRE_PROXY_POOLED ? 1 << 24 : 1},
+                {"sink", o->sink, 0, o->proxy == ACRE_PROXY_POOLED}};
   for (int i = 0; i < ACRE_COUNT(limits); ++i) {
     if (limits[i].value < limits[i].low || limits[i].value > limits[i].high) {
       return acre_fail(error, ACRE_BAD_VALUE, "%s: got %lld, expected %lld to %lld",
@@ -135,7 +137,8 @@ acre_status acre_plan_build(acre_plan *out, const acre_model *model,
                     .stride = o.stride,
                     .carry = o.carry,
                     .eta = o.eta,
-                    .reserve = o.reserve ? o.reserve : acre_min(4096, w_max / 8)};
+                    .reserve = o.reserve ? o.reserve : acre_min(4096, w_max / 8),
+                    .sink = o.sink};
   bool fit = false;
   if (o.interval) {
     fit = fits(&plan, o.proxy, o.interval, w_max);
@@ -145,6 +148,8 @@ acre_status acre_plan_build(acre_plan *out, const acre_model *model,
     }
   }
   if (!fit) return refuse_length(&plan, o.proxy, o.interval == 0, w_max, error);
+  int64_t pooled = o.proxy == ACRE_PROXY_POOLED ? plan.interval : 1;
+  plan.weight = o.weight ? o.weight : pooled;
   count_bytes(&plan, o.proxy, model);
   *out = plan;
   return ACRE_OK;

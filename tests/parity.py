@@ -101,6 +101,8 @@ class Case(NamedTuple):
     dtype: str = "f32"
     asked: int = 6  # tokens of the question
     w_max: int = 256
+    weight: int = 0
+    sink: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -113,12 +115,14 @@ class Case(NamedTuple):
             "carry": self.carry,
             "eta": ETA,
             "reserve": RESERVE,
+            "weight": self.weight,
+            "sink": self.sink,
         }
 
     @property
     def shape(self) -> Shape:
         """The same for the oracle."""
-        return Shape(self.n, self.proxy, *self[1:5])
+        return Shape(self.n, self.proxy, *self[1:5], self.weight, self.sink)
 
 
 EDGES = [
@@ -161,6 +165,13 @@ def long(dtype: str) -> Iterator[Case]:
     """Texts and questions of more rows than one pass takes, over many tiles of keys."""
     yield Case(1400, 8, 700, 560, 33, "llama", "pooled", False, dtype, 530, 2048)
     yield Case(1501, 7, 701, 560, 0, "qwen2", "trained", True, dtype, 517, 2048)
+
+
+def weighted(dtype: str) -> Iterator[Case]:
+    """Pooled entries of other weights, and a sink in place of the first."""
+    for weight, sink in ((0, 1), (1, 0), (1, 1), (3, 1)):
+        for edge in (EDGES[0], EDGES[5], EDGES[12], EDGES[17]):
+            yield Case(*edge, dtype=dtype, weight=weight, sink=sink)
 
 
 def random_cases(dtype: str, count: int, seed: int) -> Iterator[Case]:
@@ -466,7 +477,9 @@ def show(title: str, rows: dict[str, Error]) -> None:
 
 def main(arguments: list[str]) -> None:
     for dtype in ("f32", "bf16"):
-        cases = [*edges(dtype), *random_cases(dtype, 40, 1), *long(dtype)]
+        cases = [
+            *edges(dtype), *weighted(dtype), *random_cases(dtype, 40, 1), *long(dtype)
+        ]  # fmt: skip
         count, rows = worst(cases)
         bound = BOUNDS[dtype]
         show(f"tiny models, {dtype}, {count} cases; bounds {bound}", rows)

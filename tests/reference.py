@@ -263,6 +263,8 @@ class Shape:
     window: int
     stride: int
     carry: int
+    weight: int = 0  # tokens that a pooled entry counts for; 0 = interval
+    sink: int = 0  # 1: pooled entry 0 is the first token
 
     @property
     def closed(self) -> int:
@@ -347,8 +349,11 @@ class Cache:
 
     def gather(self, layer: int, entries: list[Entry]) -> Resident:
         """The entries as what may be attended to in this layer."""
-        weight = math.log(self.shape.interval) if self.shape.proxy == "pooled" else 0.0
-        bias = np.array([weight if kind == "L1" else 0.0 for kind, _ in entries])
+        pooled, sink = self.shape.proxy == "pooled", self.shape.sink
+        weight = math.log(self.shape.weight or self.shape.interval) if pooled else 0.0
+        bias = np.array(
+            [weight if kind == "L1" and i >= sink else 0.0 for kind, i in entries]
+        )
         keys, values = (self.rows(layer, part, entries) for part in "kv")
         return Resident(keys, values, bias)
 
@@ -371,6 +376,8 @@ class Cache:
             for part in "kv":
                 rows = store["L2" + part][: m * self.shape.interval].reshape(groups)
                 store["L1" + part][:m] = self.model.stored(rows.mean(axis=1))
+                if m and self.shape.sink:
+                    store["L1" + part][0] = store["L2" + part][0]
 
     def part(self, name: str, layer: int) -> Array:
         """A tensor by the name that `acre._core.Cache.view` knows, [rows, g, d]."""

@@ -323,7 +323,10 @@ def set_meta(**values):
     )
 
 
-OPTIONS = {"interval": 8, "window": 64, "stride": 32, "carry": 0, "eta": 64}
+OPTIONS = {
+    "interval": 8, "window": 64, "stride": 32, "carry": 0, "eta": 64, "weight": 8,
+    "sink": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

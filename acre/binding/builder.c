@@ -61,13 +61,14 @@ static acre_builder *open_builder(const binding_state *state,
 }
 
 static PyObject *builder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"model", "ids", "proxy",   "interval", "window", "stride",
-                          "carry", "eta", "reserve", "base",     "keep",   NULL};
+  static char *names[] = {"model",  "ids",   "proxy", "interval", "window",
+                          "stride", "carry", "eta",   "reserve",  "weight",
+                          "sink",   "base",  "keep",  NULL};
   builder_arguments a = {0};
   PyObject **o = a.options;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOO:Builder", names, &a.model,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOOO:Builder", names, &a.model,
                                    &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6],
-                                   &a.base, &a.keep))
+                                   &o[7], &o[8], &a.base, &a.keep))
     return NULL;
   if (a.keep == Py_None) a.keep = NULL;
   builder_object *self = (builder_object *)type->tp_alloc(type, 0);
@@ -137,7 +138,7 @@ PyDoc_STRVAR(freeze_doc,
 PyDoc_STRVAR(
     builder_doc,
     "Builder(model, ids, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-    "carry=0, eta=4096, reserve=0, base=None, keep=None)\n--\n\n"
+    "carry=0, eta=4096, reserve=0, weight=0, sink=0, base=None, keep=None)\n--\n\n"
     "Reads token ids [n] into a bi-layer cache, one window per step().\n\n"
     "ids: a one-dimensional array or sequence of integers, each within the "
     "vocabulary.\n"

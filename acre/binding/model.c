@@ -110,14 +110,15 @@ static PyObject *model_ready(model_object *self, PyObject *unused) {
 /* ------------------------------------------------------------------ questions */
 
 static PyObject *model_plan(model_object *self, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"n",     "proxy", "interval", "window", "stride",
-                          "carry", "eta",   "reserve",  NULL};
+  static char *names[] = {"n",   "proxy",   "interval", "window", "stride", "carry",
+                          "eta", "reserve", "weight",   "sink",   NULL};
   PyObject *n_object, *values[RECORD_MAX_FIELDS] = {NULL};
   acre_build_options options = acre_build_options_default();
   int64_t n;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOO:plan", names, &n_object,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOO:plan", names, &n_object,
                                    &values[0], &values[1], &values[2], &values[3],
-                                   &values[4], &values[5], &values[6]) ||
+                                   &values[4], &values[5], &values[6], &values[7],
+                                   &values[8]) ||
       argument_int64(n_object, "n", &n) < 0 ||
       record_from_values(&record_build_options, &options, values) < 0)
     return NULL;
@@ -161,7 +162,7 @@ PyDoc_STRVAR(ready_doc,
              "names a missing tensor; more may then be bound.");
 PyDoc_STRVAR(plan_doc,
              "plan($self, /, n, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-             "carry=0, eta=4096, reserve=0)\n--\n\n"
+             "carry=0, eta=4096, reserve=0, weight=0, sink=0)\n--\n\n"
              "What a text of n tokens would become: the resolved options, the numbers\n"
              "of entries and the bytes. Does no work; needs no weights. Raises ValueError\n"
              "for impossible options and TooLongError for a text that does not fit.");

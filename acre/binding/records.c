@@ -61,6 +61,8 @@ static const field OPTION_FIELDS[] = {
     FIELD(acre_build_options, carry, FIELD_INT64),
     FIELD(acre_build_options, eta, FIELD_INT64),
     FIELD(acre_build_options, reserve, FIELD_INT64),
+    FIELD(acre_build_options, weight, FIELD_INT64),
+    FIELD(acre_build_options, sink, FIELD_INT64),
 };
 const record record_build_options = RECORD("options", OPTION_FIELDS);
 
@@ -68,7 +70,8 @@ static const field PLAN_FIELDS[] = {
     FIELD(acre_plan, n, FIELD_INT64),         FIELD(acre_plan, interval, FIELD_INT64),
     FIELD(acre_plan, window, FIELD_INT64),    FIELD(acre_plan, stride, FIELD_INT64),
     FIELD(acre_plan, carry, FIELD_INT64),     FIELD(acre_plan, eta, FIELD_INT64),
-    FIELD(acre_plan, reserve, FIELD_INT64),   FIELD(acre_plan, windows, FIELD_INT64),
+    FIELD(acre_plan, reserve, FIELD_INT64),   FIELD(acre_plan, weight, FIELD_INT64),
+    FIELD(acre_plan, sink, FIELD_INT64),      FIELD(acre_plan, windows, FIELD_INT64),
     FIELD(acre_plan, m, FIELD_INT64),         FIELD(acre_plan, recent, FIELD_INT64),
     FIELD(acre_plan, l2_tokens, FIELD_INT64), FIELD(acre_plan, l1_bytes, FIELD_SIZE),
     FIELD(acre_plan, l2_bytes, FIELD_SIZE),   FIELD(acre_plan, recent_bytes, FIELD_SIZE),
