@@ -156,6 +156,19 @@ def build_options(
     }
 
 
+def pooling_options(
+    model: Model, proxy: str, weight: int | None, sink: bool | None
+) -> dict[str, int]:
+    """How pooled entries are made; the core refuses it for another proxy."""
+    chosen = model.pooling if proxy == "pooled" else {"weight": 0, "sink": 0}
+    if sink is not None and not isinstance(sink, (bool, np.bool_)):
+        raise TypeError(f"sink: got {type(sink).__name__}, expected bool or None")
+    return {
+        "weight": chosen["weight"] if weight is None else integer("weight", weight, 1),
+        "sink": chosen["sink"] if sink is None else int(sink),
+    }
+
+
 def read(
     model: Model,
     text_or_ids: str | Ids,

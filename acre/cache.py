@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from acre import _core, generate, storage
-from acre.build import Figures, Progress, State, build_options, extended, read
+from acre.build import (
+    Figures,
+    Progress,
+    State,
+    build_options,
+    extended,
+    pooling_options,
+    read,
+)
 from acre.chat import Frame
 from acre.generate import Sampling, Stream, Streamer, integer
 from acre.model import check_ids, check_text, elapsed_ms, is_batch, new_token_limit
@@ -84,10 +92,13 @@ class Cache:
         progress: Progress = True,
         eta: int = 4096,
         reserve: int | None = None,
+        weight: int | None = None,
+        sink: bool | None = None,
         frame: Frame | bool | None = None,
     ) -> Cache:
         """As `Model.build`, which documents the arguments."""
         options = build_options(proxy, interval, window, stride, carry, eta, reserve)
+        options |= pooling_options(model, proxy, weight, sink)
         return cls(model, *read(model, text_or_ids, options, progress, frame))
 
     # ---------------------------------------------------------------------------- facts

@@ -21,7 +21,7 @@ import numpy as np
 from acre import _core, generate, loaders
 from acre.errors import ModelFileError
 from acre.generate import Sampling, Stream, Streamer, integer
-from acre.scoring import registered
+from acre.scoring import pooling, registered
 from acre.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def is_batch(value: Any) -> bool:
 
 
 class Model:
-    """Weights on a device, a tokenizer, a scoring choice per proxy. Immutable but for
-    `scoring`; may be used from several threads at once."""
+    """Weights on a device, a tokenizer, measured choices. Immutable but for `scoring`
+    (per proxy) and `pooling`; may be used from several threads at once."""
 
     def __init__(
         self,
@@ -199,9 +199,9 @@ class Model:
             "adapter": fingerprints[1],
             "tokenizer": words,
         }
-        self.scoring = registered(
-            (fingerprints[0], name), self.config["layers"], self.config["heads"]
-        )
+        known_as = (fingerprints[0], name)
+        self.scoring = registered(known_as, self.config["layers"], self.config["heads"])
+        self.pooling = pooling(known_as)
 
     @classmethod
     def from_pretrained(
@@ -441,6 +441,8 @@ class Model:
         progress: bool | Callable[[int, int], None] = True,
         eta: int = 4096,
         reserve: int | None = None,
+        weight: int | None = None,
+        sink: bool | None = None,
         frame: Frame | bool | None = None,
     ) -> Cache:
         """Reads a text once into a frozen bi-layer cache that answers many questions.
@@ -449,18 +451,21 @@ class Model:
         tokens of the first and of later windows. carry: L2 tokens of the window before
         that stay attendable. proxy: "pooled" (no training) or "trained" (L1 tokens).
         eta, reserve: room planned for refilling, and for question and answer (None =
-        the smaller of 4096 and w_max/8). frame: None = the tokenizer's chat frame for a
-        text and none for ids; False = none; or a `Frame`. progress: a tqdm bar (silent
-        off a terminal), or a callable (tokens done, tokens in all). Ctrl-C takes effect
-        between windows and leaves nothing behind. ValueError, TypeError, TooLongError
-        (names an interval that would fit), MemoryError.
+        the smaller of 4096 and w_max/8). weight: tokens that a pooled entry counts for
+        in attention, sink: the first pooled entry is the first token alone; None = the
+        model's `pooling` (interval and False unless measured better). frame: None =
+        the tokenizer's chat frame for a text and none for ids; False = none; or a
+        `Frame`. progress: a tqdm bar (silent off a terminal), or a callable (tokens
+        done, tokens in all). Ctrl-C takes effect between windows and leaves nothing
+        behind. ValueError, TypeError, TooLongError (names an interval that would fit),
+        MemoryError.
         """
         from acre.cache import Cache
 
         return Cache.build(
             self, text_or_ids, interval=interval, window=window, stride=stride,
             carry=carry, proxy=proxy, progress=progress, eta=eta, reserve=reserve,
-            frame=frame,
+            weight=weight, sink=sink, frame=frame,
         )  # fmt: skip
 
 

@@ -47,12 +47,22 @@ def registered(keys: Iterable[str], layers: int, heads: int) -> dict[str, Scorin
     """The choice per proxy: that of the first key in scoring.json, or the default.
 
     An entry: {proxy: {"heads": [[layer, head], ...] or null, "rotated": bool,
-    "calibrated": bool}}.
+    "calibrated": bool}, "pooling": {"weight": int, "sink": int}}.
     """
+    known = _known(keys)
+    return {proxy: _entry(known.get(proxy, {}), layers, heads) for proxy in PROXIES}
+
+
+def pooling(keys: Iterable[str]) -> dict[str, int]:
+    """How pooled entries are made: weight (0 = the interval) and sink (0 or 1), of the
+    first key in scoring.json, or METHOD's."""
+    return {"weight": 0, "sink": 0, **_known(keys).get("pooling", {})}
+
+
+def _known(keys: Iterable[str]) -> dict[str, Any]:
     text = resources.files("acre").joinpath("scoring.json").read_text("utf-8")
     table = json.loads(text)
-    known = next((table[key] for key in keys if key in table), {})
-    return {proxy: _entry(known.get(proxy, {}), layers, heads) for proxy in PROXIES}
+    return next((table[key] for key in keys if key in table), {})
 
 
 def _entry(entry: dict[str, Any], layers: int, heads: int) -> Scoring:

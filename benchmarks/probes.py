@@ -23,6 +23,32 @@ NAMES = """
     Violet Willow Xenia Yew
 """.split()
 
+# (the fact of a name and an answer, its question, answers)
+KINDS = (
+    ("The lighthouse at {0} was built by Mister {1}.",
+     "Who built the lighthouse at {0}?", "Barlow Hutchins Pemberton Stokes Tilney"),
+    ("The favourite fruit of Captain {0} was the {1}.",
+     "What was the favourite fruit of Captain {0}?", "apricot cherry fig lemon mango"),
+    ("Doctor {0} kept a tame {1} in the house.",
+     "Which animal did Doctor {0} keep in the house?", "badger falcon otter raven wolf"),
+    ("The school of {0} taught {1} every Monday.",
+     "What did the school of {0} teach every Monday?",
+     "astronomy chemistry dancing geometry Latin"),
+    ("The good ship {0} carried a cargo of {1}.",
+     "What was the cargo of the ship {0}?", "cinnamon coal copper salt timber"),
+    ("The mayor of {0} played the {1} at night.",
+     "Which instrument did the mayor of {0} play?", "cello flute harp organ trumpet"),
+    ("The door of the {0} inn was painted {1}.",
+     "What colour was the door of the {0} inn?", "crimson green orange purple yellow"),
+    ("The {0} expedition set out for {1}.",
+     "Where did the {0} expedition set out for?", "Brazil China Egypt Iceland Persia"),
+    ("The secret word of the {0} club was {1}.",
+     "What was the secret word of the {0} club?", "anchor candle hammer mirror saddle"),
+    ("Every member of the {0} family worked as a {1}.",
+     "What did the members of the {0} family work as?",
+     "baker carpenter miner tailor weaver"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Question:
@@ -97,23 +123,24 @@ def _insert(
 def needles(
     background: str, tokens: int, count: Count, facts: int = 50, seed: int = 0
 ) -> Probe:
-    """Facts about named vaults hidden in a book; the evidence is the number's span."""
+    """Facts of ten kinds about invented names, hidden in a book; the evidence is the
+    answer's span."""
     rng = random.Random(seed)
     names = rng.sample(NAMES, facts)
-    codes = [str(rng.randrange(100000, 999999)) for _ in names]
-    sentences = [
-        f"The access code of the {name} vault is {code}."
-        for name, code in zip(names, codes, strict=True)
-    ]
-    body = cut_to_tokens(background, tokens - facts * 16, count)
-    text, starts = _insert(body, sentences, rng)
+    answers = [rng.sample(words.split(), len(words.split())) for _, _, words in KINDS]
+    told = []
+    for i, name in enumerate(names):
+        sentence, question, _ = KINDS[i % len(KINDS)]
+        choices = answers[i % len(KINDS)]
+        answer = choices[i // len(KINDS) % len(choices)]
+        told.append((sentence.format(name, answer), question.format(name), answer))
+    rng.shuffle(told)
+    body = cut_to_tokens(background, tokens - facts * 14, count)
+    text, starts = _insert(body, [sentence for sentence, _, _ in told], rng)
     questions = []
-    for name, code, sentence, start in zip(
-        names, codes, sentences, starts, strict=True
-    ):
-        at = start + sentence.index(code)
-        question = f"What is the access code of the {name} vault?"
-        questions.append(Question(question, (code,), at, at + len(code)))
+    for (sentence, question, answer), start in zip(told, starts, strict=True):
+        at = start + sentence.rindex(answer)
+        questions.append(Question(question, (answer,), at, at + len(answer)))
     return Probe("needle", text, questions)
 
 

@@ -73,7 +73,11 @@ def groups_of(
 
 
 def build(
-    model: acre.Model, probe: probes.Probe, proxy: str, interval: int = 0
+    model: acre.Model,
+    probe: probes.Probe,
+    proxy: str,
+    interval: int = 0,
+    pooling: dict[str, int] | None = None,
 ) -> Bench:
     """Reads the probe's text. Questions whose evidence is among the recent entries,
     which every question sees anyway, are left out of the count.
@@ -88,6 +92,7 @@ def build(
         proxy=proxy,
         interval=interval,
         eta=2048,
+        **(pooling or (model.pooling if proxy == "pooled" else {})),
     )
     done, total = 0, 1
     while done < total:

@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=16)
     parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024])
     parser.add_argument("--most", type=int, default=8)
+    parser.add_argument("--weight", type=int, help="of pooled entries; 0 = interval")
+    parser.add_argument("--sink", type=int, choices=[0, 1])
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     model = acre.Model.from_pretrained(options.model or smollm2())
@@ -97,7 +99,11 @@ def main() -> None:
         make_probe("kv", model, options.tokens, "train", seed=1),
         probes.passages("train", limit=150, questions=50, seed=1),
     ]
-    benches = [build(model, text, "pooled", options.interval) for text in texts]
+    given = {"weight": options.weight, "sink": options.sink}
+    pooling = model.pooling | {k: v for k, v in given.items() if v is not None}
+    benches = [
+        build(model, text, "pooled", options.interval, pooling) for text in texts
+    ]
     best: tuple = ([], -1.0, {})
     for rotated in (True, False):
         judged = [Judged(bench, rotated) for bench in benches]
@@ -114,7 +120,8 @@ def main() -> None:
                     best = (heads, value, how)
     print("chosen:", best)
     if options.out:
-        entry = {"pooled": {"heads": [list(head) for head in best[0]], **best[2]}}
+        scoring = {"heads": [list(head) for head in best[0]], **best[2]}
+        entry = {"pooled": scoring, "pooling": pooling}
         table = json.loads(options.out.read_text()) if options.out.exists() else {}
         for key in (model.fingerprint, model.name):
             table[key] = entry

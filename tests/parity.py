@@ -266,7 +266,7 @@ def caches(case: Case) -> tuple[Any, Cache]:
     model, reference = models(case)
     ids = tiny.ids(case.n, case.n)
     ours = build(model, ids, **case.options)
-    return ours, reference.build(ids, case.proxy, *case[1:5])
+    return ours, reference.build(ids, case.proxy, *case[1:5], case.weight, case.sink)
 
 
 def scorings(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:

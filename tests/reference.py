@@ -239,9 +239,11 @@ class Reference:
         window: int = 4096,
         stride: int = 2048,
         carry: int = 0,
+        weight: int = 0,
+        sink: int = 0,
     ) -> Cache:
         """Reads ids [n] window by window and freezes."""
-        shape = Shape(len(ids), proxy, interval, window, stride, carry)
+        shape = Shape(len(ids), proxy, interval, window, stride, carry, weight, sink)
         cache = Cache(self, np.asarray(ids), shape)
         for start, stop in shape.windows():
             cache.read(shape.resident(start), shape.nested(start, stop))

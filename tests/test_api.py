@@ -236,8 +236,32 @@ def test_calibrated_scores_are_divided_by_the_prior(cache, text, select):
     assert np.array_equal(answer.scores, got)
 
 
+def test_pooled_entries(model, text):
+    """With `sink` entry 0 is the first token; `weight` is the interval by default."""
+    plain = model.build(text, **toy.BUILD)
+    assert (plain.plan["weight"], plain.plan["sink"]) == (8, 0)
+    before = dict(model.pooling)
+    try:
+        model.pooling = {"weight": 1, "sink": 1}
+        cache = model.build(text, **toy.BUILD)
+        assert (cache.plan["weight"], cache.plan["sink"]) == (1, 1)
+        trained = model.build(text, **(toy.BUILD | {"proxy": "trained"}))
+        assert (trained.plan["weight"], trained.plan["sink"]) == (1, 0)
+        own = model.build(text, weight=3, sink=False, **toy.BUILD)
+        assert (own.plan["weight"], own.plan["sink"]) == (3, 0)
+    finally:
+        model.pooling = before
+    first = cache.l2_keys(0)
+    first = first[0] if isinstance(first, list) else first
+    assert np.array_equal(cache.l1_keys(0).numpy()[0], first.numpy()[0])
+    assert not np.array_equal(plain.l1_keys(0).numpy()[0], first.numpy()[0])
+    longer = model.build(text, weight=3, sink=True, **toy.BUILD).extend(text, False)
+    assert (longer.plan["weight"], longer.plan["sink"]) == (3, 1)
+
+
 def test_registered_choices(monkeypatch, tmp_path):
-    table = {"some": {"pooled": {"heads": [[1, 2]], "calibrated": True}}}
+    scored = {"heads": [[1, 2]], "calibrated": True}
+    table = {"some": {"pooled": scored, "pooling": {"weight": 1}}}
     (tmp_path / "scoring.json").write_text(json.dumps(table))
     monkeypatch.setattr(scoring.resources, "files", lambda _: tmp_path)
     found = scoring.registered(("other", "some"), 2, 4)
@@ -245,6 +269,8 @@ def test_registered_choices(monkeypatch, tmp_path):
     assert np.flatnonzero(found["pooled"].heads).tolist() == [6]
     assert found["trained"].heads is None and not found["trained"].calibrated
     assert scoring.registered(("other",), 2, 4)["pooled"].heads is None
+    assert scoring.pooling(("some",)) == {"weight": 1, "sink": 0}
+    assert scoring.pooling(("other",)) == {"weight": 0, "sink": 0}
 
 
 def test_order_of_questions_does_not_matter(cache):

@@ -63,6 +63,11 @@ def test_empty_list_of_questions(cache):
         ({"reserve": 0}, ValueError),
         ({"reserve": 10**6}, ValueError),
         ({"window": 10**30}, ValueError),
+        ({"weight": 0}, ValueError),
+        ({"weight": 1.5}, TypeError),
+        ({"sink": 1}, TypeError),
+        ({"sink": True, "proxy": "trained"}, ValueError),
+        ({"weight": 2, "proxy": "trained"}, ValueError),
     ],
 )
 def test_bad_build_options(model, text, options, error):

@@ -36,6 +36,12 @@ def test_edges(edge: tuple[int, ...], dtype: str) -> None:
         check(Case(*edge, *reader, dtype))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_weights_and_sinks(dtype: str) -> None:
+    for case in parity.weighted(dtype):
+        check(case)
+
+
 @pytest.mark.parametrize("dtype,seed", [("f32", 1), ("f32", 2), ("bf16", 3)])
 def test_random_shapes(dtype: str, seed: int) -> None:
     for case in parity.random_cases(dtype, 30, seed):

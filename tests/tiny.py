@@ -173,5 +173,5 @@ def save(cache: Any, path: Path) -> dict[str, tuple[int, int]]:
 
 def resolved(cache: Any) -> dict[str, Any]:
     """The options for `_core.Cache.restore` of a saved Cache."""
-    keys = ("interval", "window", "stride", "carry", "eta", "reserve")
+    keys = "interval window stride carry eta reserve weight sink".split()
     return {key: cache.plan[key] for key in keys} | {"proxy": cache.proxy}
