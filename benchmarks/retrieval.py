@@ -29,6 +29,8 @@ from acre import _core
 from acre.chat import Frame
 from acre.scoring import Scorer
 
+NEW_TOKENS = 14
+
 
 @dataclass
 class Asked:
@@ -186,29 +188,40 @@ def recall(bench: Bench, scores: list[np.ndarray], eta: int) -> float:
     return float(np.mean([f.mean() if bench.passages else f.all() for f in found]))
 
 
-def exact_match(
-    bench: Bench,
-    scores: list[np.ndarray],
-    eta: int,
-    limit: int,
-    new_tokens: int = 14,
-) -> float:
-    """Share of the first `limit` questions whose greedy answer contains an accepted
-    one."""
-    k, hits, stop = bench.cache.refill_count(eta), 0, set(bench.model.eos_ids)
+def right(session: _core.Session, model: acre.Model, asked: Asked) -> bool:
+    """Whether the greedy answer contains an accepted one."""
+    session.prefill(asked.ids)
+    ids: list[int] = []
+    while len(ids) < NEW_TOKENS and not (ids and ids[-1] in model.eos_ids):
+        ids.append(session.next())
+    answer = model.tokenizer.decode(ids).lower()
+    return any(accepted.lower() in answer for accepted in asked.answers)
+
+
+def exact_match(bench: Bench, scores: list[np.ndarray], eta: int, limit: int) -> float:
+    """Share of the first `limit` questions answered right."""
+    k, hits = bench.cache.refill_count(eta), 0
     pairs = list(zip(bench.asked, scores, strict=True))[:limit]
     for asked, row in pairs:
-        session = _core.Session(
-            bench.model.core, bench.cache, capacity=len(asked.ids) + new_tokens
-        )
+        capacity = len(asked.ids) + NEW_TOKENS
+        session = _core.Session(bench.model.core, bench.cache, capacity=capacity)
         session.refill(_core.select_groups(row, k))
-        session.prefill(asked.ids)
-        ids = []
-        while len(ids) < new_tokens and not (ids and ids[-1] in stop):
-            ids.append(session.next())
-        answer = bench.model.tokenizer.decode(ids).lower()
-        hits += any(accepted.lower() in answer for accepted in asked.answers)
+        hits += right(session, bench.model, asked)
     return hits / max(len(pairs), 1)
+
+
+def full_attention(bench: Bench, limit: int) -> float | None:
+    """The same share with full attention, where the text fits the model."""
+    ids, hits = bench.cache.ids, 0
+    asked = bench.asked[:limit]
+    longest = max(len(a.ids) for a in asked) + NEW_TOKENS
+    if len(ids) + longest > bench.model.config["w_max"]:
+        return None
+    for one in asked:
+        session = _core.Session(bench.model.core, None, capacity=len(ids) + longest)
+        session.prefill(ids)
+        hits += right(session, bench.model, one)
+    return hits / max(len(asked), 1)
 
 
 def make_probe(
@@ -249,6 +262,15 @@ def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[di
                 row["answered"] = min(options.answer, len(bench.asked))
                 row["exact"] = round(exact_match(bench, scores, eta, options.answer), 3)
             yield row
+    full = full_attention(bench, min(options.answer, 10)) if options.answer else None
+    if full is not None and proxy == "pooled":
+        yield {
+            "probe": name,
+            "tokens": bench.cache.plan["n"],
+            "way": "full attention",
+            "answered": min(options.answer, 10),
+            "exact": full,
+        }
 
 
 def main() -> None:
@@ -256,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("probes", nargs="+", choices=["needle", "kv", "nq"])
     parser.add_argument("--model", type=pathlib.Path)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[7680, 32768, 131072])
     parser.add_argument("--proxies", nargs="*", default=["pooled", "trained"])
     parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024, 2048])
     parser.add_argument("--split", default="dev", choices=["dev", "train"])
