@@ -79,6 +79,7 @@ def build(
     probe: probes.Probe,
     proxy: str,
     interval: int = 0,
+    window: int = 4096,
     pooling: dict[str, int] | None = None,
 ) -> Bench:
     """Reads the probe's text. Questions whose evidence is among the recent entries,
@@ -93,6 +94,8 @@ def build(
         np.concatenate([prefix, body]),
         proxy=proxy,
         interval=interval,
+        window=window,
+        stride=window // 2,
         eta=2048,
         **(pooling or (model.pooling if proxy == "pooled" else {})),
     )
@@ -225,7 +228,7 @@ def full_attention(bench: Bench, limit: int) -> float | None:
 
 
 def make_probe(
-    name: str, model: acre.Model, tokens: int, split: str, seed: int
+    name: str, model: acre.Model, tokens: int, split: str, seed: int, facts: int = 50
 ) -> probes.Probe:
     """A probe by name."""
 
@@ -233,9 +236,9 @@ def make_probe(
         return len(model.tokenizer.encode(text))
 
     if name == "needle":
-        return probes.needles(probes.book_text(split), tokens, count, seed=seed)
+        return probes.needles(probes.book_text(split), tokens, count, facts, seed)
     if name == "kv":
-        return probes.key_values(tokens, count, seed=seed)
+        return probes.key_values(tokens, count, facts, seed)
     return probes.passages(split, seed=seed)
 
 
@@ -281,6 +284,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[7680, 32768, 131072])
     parser.add_argument("--proxies", nargs="*", default=["pooled", "trained"])
     parser.add_argument("--eta", type=int, nargs="*", default=[512, 1024, 2048])
+    parser.add_argument("--facts", type=int, default=50, help="facts per text")
+    parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--split", default="dev", choices=["dev", "train"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -296,9 +301,12 @@ def main() -> None:
     texts = [("nq", 0)] if "nq" in options.probes else []
     texts += [(p, n) for n in options.lengths for p in options.probes if p != "nq"]
     for name, tokens in texts:
-        probe = make_probe(name, model, tokens, options.split, options.seed)
+        probe = make_probe(
+            name, model, tokens, options.split, options.seed, options.facts
+        )
         for proxy in options.proxies:
-            for row in measure(build(model, probe, proxy), name, options):
+            bench = build(model, probe, proxy, window=options.window)
+            for row in measure(bench, name, options):
                 print(json.dumps(row), flush=True)
                 if options.json:
                     with options.json.open("a", encoding="utf-8") as out:

@@ -186,6 +186,8 @@ def test_module_and_sigint(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": root},
+        # A shell's background job is started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while "tokens built" not in process.stderr.readline():
         assert process.poll() is None
