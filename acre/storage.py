@@ -33,6 +33,7 @@ import numpy as np
 from acre import _core
 from acre.chat import Frame
 from acre.errors import CacheFileError
+from acre.safetensors_file import Entry
 from acre.tokenizer import Tokenizer
 
 FORMAT, FORMAT_VERSION = "acre-cache", "1"
@@ -70,16 +71,6 @@ class Facts:
     frame: dict[str, Any]
     text: str | None
     offsets: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file; begin, end: byte positions in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
