@@ -1,6 +1,6 @@
 /* How fast the CPU kernels are, next to what this machine can do in the same run.
  *
- * First the ceilings: FMA peak and read bandwidth, one thread and all. Then matrix
+ * First the ceilings: multiply-add peak and read bandwidth, one thread and all. Then matrix
  * products of SmolLM2-135M's shapes, window attention and one decoded row, each checked
  * against a float64 sum of a few elements before it is timed: a wrong kernel prints
  * nothing. One line per case: name, threads, milliseconds, GFLOP/s, GB/s, share of the
@@ -21,7 +21,8 @@
 #define SECONDS \
   0.01 /* least time of a repeat: short, to fall between other programs' work */
 
-static double peak_gflops, peak_gbytes; /* of the threads in use: the most seen so far */
+/* Of the threads and numbers in use: the most seen so far. */
+static double peaks[2], *peak_gflops = peaks, peak_gbytes;
 
 /* One thread is timed by its own processor time, which neighbours disturb less. */
 static bool alone;
@@ -57,14 +58,15 @@ static double best_time(timed what) {
 }
 
 static void measure_peak(void);
+static void use_peak_of(acre_dtype dtype);
 
 /* The FMA peak is looked at again before every line: clocks and neighbours change. */
 static void report(const char *name, int32_t threads, double seconds, double flops,
                    double bytes) {
   measure_peak();
-  printf("%-34s %2d threads %9.3f ms %8.1f GFLOP/s %6.1f GB/s  %3.0f%% FMA %3.0f%% read\n",
+  printf("%-34s %2d threads %9.3f ms %8.1f GFLOP/s %6.1f GB/s  %3.0f%% peak %3.0f%% read\n",
          name, threads, seconds * 1e3, flops / seconds * 1e-9, bytes / seconds * 1e-9,
-         100e-9 * flops / seconds / peak_gflops, 100e-9 * bytes / seconds / peak_gbytes);
+         100e-9 * flops / seconds / *peak_gflops, 100e-9 * bytes / seconds / peak_gbytes);
   fflush(stdout);
 }
 
@@ -84,34 +86,58 @@ static float *floats(int64_t n) {
 
 /* ---------------------------------------------------------------- ceilings */
 
-#if defined(__x86_64__)
-#define BURN(i) "vfmadd231ps %%ymm12, %%ymm13, %%ymm" #i "\n\t"
-#define CLEAR(i) "vxorps %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n\t"
-#define TWELVE(x) x(0) x(1) x(2) x(3) x(4) x(5) x(6) x(7) x(8) x(9) x(10) x(11)
+/* Fourteen independent chains of multiply-adds and no memory, by the widest instruction
+ * that the table uses for numbers of a type. */
+#define STEPS 20000
 
-/* Twelve chains of 8-lane FMAs, no memory. */
-static void burn(void *context, int64_t index, int32_t worker) {
-  (void)context, (void)index, (void)worker;
-  int64_t n = 20000;
-  __asm__ volatile(TWELVE(CLEAR) CLEAR(12)
-                       CLEAR(13) "1:\n\t" TWELVE(BURN) "dec %0\n\tjnz 1b\n\tvzeroupper"
-                   : "+r"(n)
-                   :
-                   : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                     "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13");
-}
-#define BURN_FLOPS (20000.0 * 12 * 8 * 2)
+#if defined(__x86_64__)
+#define FOURTEEN(x) \
+  x(0) x(1) x(2) x(3) x(4) x(5) x(6) x(7) x(8) x(9) x(10) x(11) x(12) x(13)
+#define CHAINS 14
+#define CLEAR(i) "vxorps %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n\t"
+#define FMA_256(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n\t"
+#define FMA_512(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n\t"
+#define PAIRS(i) "vdpbf16ps %%zmm14, %%zmm15, %%zmm" #i "\n\t"
+#define BURN(name, isa, instruction)                                                    \
+  __attribute__((target(isa))) static void name(void *context, int64_t index,           \
+                                                int32_t worker) {                       \
+    (void)context, (void)index, (void)worker;                                           \
+    int64_t n = STEPS;                                                                  \
+    __asm__ volatile(                                                                   \
+        FOURTEEN(CLEAR) CLEAR(14)                                                       \
+            CLEAR(15) "1:\n\t" FOURTEEN(instruction) "dec %0\n\tjnz 1b\n\tvzeroupper"   \
+        : "+r"(n)                                                                       \
+        :                                                                               \
+        : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", \
+          "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                \
+  }
+BURN(burn_256, "avx2,fma", FMA_256)
+BURN(burn_512, "avx512f", FMA_512)
+BURN(burn_pairs, "avx512f,avx512bf16", PAIRS)
 #else
+#define CHAINS 1
 static void burn(void *context, int64_t index, int32_t worker) {
   (void)worker;
   volatile float result;
   float x = (float)index;
-  for (int64_t n = 0; n < 20000; n++) x = fmaf(x, 0.5f, 1.0f);
+  for (int64_t n = 0; n < STEPS; n++) x = fmaf(x, 0.5f, 1.0f);
   result = x;
   (void)context, (void)result;
 }
-#define BURN_FLOPS (20000.0 * 2)
 #endif
+
+/* The loop that a table's products of this type are measured by, and its operations. */
+static acre_task burn_of(const char *isa, acre_dtype dtype, double *flops) {
+  double lanes = strncmp(isa, "avx512", 6) == 0 ? 16 : strcmp(isa, "avx2") == 0 ? 8 : 1;
+  bool pairs = dtype == ACRE_BF16 && strcmp(isa, "avx512_bf16") == 0;
+  *flops = (double)STEPS * CHAINS * lanes * (pairs ? 4 : 2);
+#if defined(__x86_64__)
+  if (lanes == 1) *flops *= 8; /* scalar: measured by what the processor could do */
+  return pairs ? burn_pairs : lanes == 16 ? burn_512 : burn_256;
+#else
+  return burn;
+#endif
+}
 
 typedef struct loop {
   acre_pool *pool;
@@ -154,13 +180,21 @@ static void nothing(void *context, int64_t index, int32_t worker) {
 }
 
 static acre_pool *ceiling_pool;
+static const char *ceiling_isa;
+static acre_dtype ceiling_dtype;
+
+static void use_peak_of(acre_dtype dtype) {
+  ceiling_dtype = dtype;
+  peak_gflops = &peaks[dtype];
+}
 
 static void measure_peak(void) {
+  double flops;
   int64_t count = acre_pool_threads(ceiling_pool);
+  acre_task burn = burn_of(ceiling_isa, ceiling_dtype, &flops);
   loop burning = {ceiling_pool, burn, NULL, count};
-  double gflops =
-      (double)count * BURN_FLOPS / best_time((timed){run_loop, &burning}) * 1e-9;
-  if (gflops > peak_gflops) peak_gflops = gflops;
+  double gflops = (double)count * flops / best_time((timed){run_loop, &burning}) * 1e-9;
+  if (gflops > *peak_gflops) *peak_gflops = gflops;
 }
 
 static void measure_ceilings(int32_t threads, const uint64_t *data) {
@@ -169,13 +203,18 @@ static void measure_ceilings(int32_t threads, const uint64_t *data) {
   if (acre_pool_open(&ceiling_pool, threads, NULL) != ACRE_OK) exit(1);
   loop reading = {ceiling_pool, read_task, &job, READ_TASKS};
   loop empty = {ceiling_pool, nothing, NULL, threads};
-  peak_gflops = 0.0;
   alone = threads == 1;
-  measure_peak();
+  for (int dtype = 0; dtype < 2; dtype++) {
+    peaks[dtype] = 0.0;
+    use_peak_of((acre_dtype)dtype);
+    measure_peak();
+  }
   peak_gbytes = (double)READ_BYTES / best_time((timed){run_loop, &reading}) * 1e-9;
   double start = best_time((timed){run_loop, &empty});
-  printf("\n%d threads: FMA peak %.1f GFLOP/s, read %.1f GB/s, an empty loop %.2f us\n",
-         threads, peak_gflops, peak_gbytes, start * 1e6);
+  printf(
+      "\n%d threads, %s: peak f32 %.1f, bf16 %.1f GFLOP/s, read %.1f GB/s, an empty "
+      "loop %.2f us\n",
+      threads, ceiling_isa, peaks[ACRE_F32], peaks[ACRE_BF16], peak_gbytes, start * 1e6);
 }
 
 /* ---------------------------------------------------------------- products */
@@ -185,12 +224,13 @@ typedef struct product {
   acre_queue *queue;
   acre_matrix *W;
   float *x, *y, *bias;
+  void *typed_x;
   int64_t rows, N;
 } product;
 
 static void run_product(void *context) {
   const product *p = context;
-  p->backend->ops->matmul(p->queue, p->y, p->N, p->x, p->W, p->bias, p->rows, false);
+  p->backend->ops->matmul(p->queue, p->y, p->N, p->typed_x, p->W, p->bias, p->rows, false);
 }
 
 static float as(float x, acre_dtype dtype) {
@@ -213,6 +253,13 @@ static void check_product(const product *p, const float *w, int64_t K, acre_dtyp
   }
 }
 
+static void *typed(const float *x, int64_t n, acre_dtype dtype) {
+  if (dtype == ACRE_F32) return memcpy(floats(n), x, (size_t)n * sizeof(float));
+  uint16_t *y = acre_alloc((size_t)n * sizeof *y);
+  for (int64_t i = 0; y && i < n; i++) y[i] = acre_to_bf16(x[i]);
+  return y;
+}
+
 static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, int64_t N,
                           acre_dtype dtype) {
   float *w = floats(N * K);
@@ -223,6 +270,7 @@ static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, i
   backend->ops->matrix_fill(p.W, 0, &array, &finite);
   static const int64_t rows[] = {512, 32, 5, 1};
   p.x = floats(512 * K);
+  p.typed_x = typed(p.x, 512 * K, dtype);
   p.y = floats(512 * N);
   for (int64_t i = 0; i < ACRE_COUNT(rows); i++) {
     char name[64];
@@ -236,7 +284,7 @@ static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, i
     report(name, backend->threads, best_time((timed){run_product, &p}), flops, bytes);
   }
   backend->ops->matrix_release(p.W);
-  acre_free(w), acre_free(p.x), acre_free(p.y);
+  acre_free(w), acre_free(p.x), acre_free(p.typed_x), acre_free(p.y);
 }
 
 /* ---------------------------------------------------------------- attention */
@@ -244,7 +292,8 @@ static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, i
 typedef struct attention {
   acre_backend *backend;
   acre_queue *queue;
-  float *out, *q;
+  void *out;
+  float *q;
   acre_keys prefix, own;
   int64_t rows;
   acre_heads heads;
@@ -257,21 +306,19 @@ static void run_attention(void *context) {
                           a->rows, true, &a->heads);
 }
 
+static double element(const void *x, int64_t i, acre_dtype dtype) {
+  return dtype == ACRE_F32 ? ((const float *)x)[i]
+                           : acre_from_bf16(((const uint16_t *)x)[i]);
+}
+
 /* Values are all 1 in the last dimension: so must be the outputs. */
 static void check_attention(const attention *a) {
   int64_t d = a->heads.head_dim, n = a->rows * a->heads.heads;
   for (int64_t i = 0; i < n; i++)
-    if (!(fabs(a->out[i * d + d - 1] - 1.0) < 1e-3)) {
+    if (!(fabs(element(a->out, i * d + d - 1, a->heads.dtype) - 1.0) < 1e-3)) {
       fprintf(stderr, "attention is wrong at %lld\n", (long long)i);
       exit(1);
     }
-}
-
-static void *typed(const float *x, int64_t n, acre_dtype dtype) {
-  if (dtype == ACRE_F32) return memcpy(floats(n), x, (size_t)n * sizeof(float));
-  uint16_t *y = acre_alloc((size_t)n * sizeof *y);
-  for (int64_t i = 0; y && i < n; i++) y[i] = acre_to_bf16(x[i]);
-  return y;
 }
 
 static void bench_attention(acre_backend *backend, acre_queue *queue, int64_t rows,
@@ -311,10 +358,11 @@ static void bench_threads(int32_t threads, const char *isa, const uint64_t *data
     exit(1);
   }
   if (backend->ops->queue_open(backend, &queue, NULL) != ACRE_OK) exit(1);
+  ceiling_isa = backend->isa;
   measure_ceilings(threads, data);
-  printf("table: %s\n", backend->isa);
   for (int kind = 0; kind < 2; kind++) {
     acre_dtype dtype = kind ? ACRE_BF16 : ACRE_F32;
+    use_peak_of(dtype);
     for (int64_t i = 0; i < ACRE_COUNT(shapes); i++)
       bench_product(backend, queue, shapes[i][0], shapes[i][1], dtype);
     bench_attention(backend, queue, 512, 2560, dtype);

@@ -103,7 +103,8 @@ typedef struct acre_engine_options {
   size_t struct_size;
   const char *device; /* "cpu" (default) */
   int32_t threads;    /* worker threads incl. the caller; 0 = usable cores; <= 1024 */
-  const char *isa;    /* NULL = best; "scalar", "avx2" or "avx512" to cap the ladder */
+  const char *isa;    /* NULL = best; "scalar", "avx2", "avx512" or "avx512_bf16" to cap
+                         the ladder */
 } acre_engine_options;
 
 ACRE_API acre_engine_options acre_engine_options_default(void);

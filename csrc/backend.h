@@ -10,8 +10,10 @@
  * failure is reported by the next `sync`. A queue belongs to one builder or session, so
  * operations of different queues may run at once; matrices and tables are read-only.
  *
- * Activations are float32. "dtype" is the model's compute and cache type T: F32 or BF16.
- * Shapes are row-major; `rows` may be 0 everywhere (nothing happens).
+ * "dtype" is the model's compute and cache type T: F32 or BF16. The residual stream and
+ * what is added up are float32; what only goes into a matrix product is rounded to T by
+ * the operation that makes it. Shapes are row-major; `rows` may be 0 everywhere (nothing
+ * happens).
  */
 #ifndef ACRE_BACKEND_H
 #define ACRE_BACKEND_H
@@ -81,28 +83,31 @@ typedef struct acre_backend_ops {
   void (*embed)(acre_queue *, float *x, const int32_t *ids, const void *table,
                 const void *l1_row, int64_t rows, int64_t vocab, int64_t width, acre_dtype);
 
-  /* y[i, :] = x[i, :] / sqrt(mean(x[i, :]^2) + eps) * gain. Mean accumulated in 16 f32
-   * lanes. y may be x. */
-  void (*rmsnorm)(acre_queue *, float *y, const float *x, const float *gain, double eps,
-                  int64_t rows, int64_t width);
+  /* y[i, :] = T(x[i, :] / sqrt(mean(x[i, :]^2) + eps) * gain). Mean accumulated in 16 f32
+   * lanes. x float32, y of T. */
+  void (*rmsnorm)(acre_queue *, void *y, const float *x, const float *gain, double eps,
+                  int64_t rows, int64_t width, acre_dtype);
 
-  /* y[i, j] (+)= sum over c of T(x[i, c]) * W[j, c] + bias[j], accumulated in float32; T()
-   * rounds to the matrix's dtype. y [rows, N] with row stride y_stride >= N; x [rows, K]
-   * dense; bias [N] nullable. With `accumulate`, y's old value is the addend. On the CPU the
-   * sum runs over c in order, one FMA at a time, after which the bias (else the old value)
-   * is added: a row's result does not depend on the other rows. */
-  void (*matmul)(acre_queue *, float *y, int64_t y_stride, const float *x,
+  /* y[i, j] (+)= sum over c of x[i, c] * W[j, c] + bias[j], accumulated in float32.
+   * y [rows, N] float32 with row stride y_stride >= N; x [rows, K] dense, of T; bias [N]
+   * nullable. With `accumulate`, y's old value is the addend. On the CPU the sum runs over
+   * c in order (bf16: in pairs, the odd one of each first), one FMA at a time, after which
+   * the bias (else the old value) is added: a row's result does not depend on the other
+   * rows. */
+  void (*matmul)(acre_queue *, float *y, int64_t y_stride, const void *x,
                  const acre_matrix *W, const float *bias, int64_t rows, bool accumulate);
 
-  /* y[i, :] = x[index[i], :], and y[index[i], :] = x[i, :]. index on the device. x row
-   * stride and y row stride in elements. */
-  void (*gather_rows)(acre_queue *, float *y, int64_t y_stride, const float *x,
-                      int64_t x_stride, const int32_t *index, int64_t rows, int64_t width);
-  void (*scatter_rows)(acre_queue *, float *y, int64_t y_stride, const float *x,
-                       int64_t x_stride, const int32_t *index, int64_t rows, int64_t width);
+  /* y[i, j] = T(silu(g) * u), g and u the products of x[i, :] with row j of `gate` and of
+   * `up`, both [N, K]; summed as in matmul. y [rows, N] and x [rows, K] dense, of T. */
+  void (*swiglu)(acre_queue *, void *y, const void *x, const acre_matrix *gate,
+                 const acre_matrix *up, int64_t rows);
 
-  /* y[i, j] = silu(gate_up[i, j]) * gate_up[i, ffn + j], j < ffn. */
-  void (*swiglu)(acre_queue *, float *y, const float *gate_up, int64_t rows, int64_t ffn);
+  /* y[i] = x[index[i]], and y[index[i]] = x[i]: rows of row_bytes bytes, dense; index on
+   * the device. */
+  void (*gather_rows)(acre_queue *, void *y, const void *x, const int32_t *index,
+                      int64_t rows, size_t row_bytes);
+  void (*scatter_rows)(acre_queue *, void *y, const void *x, const int32_t *index,
+                       int64_t rows, size_t row_bytes);
 
   /* ---- rotation and the timeline. cos, sin: [w_max, d/2] float32. Half-split pairs:
    * (a, b) = (x[i], x[i + d/2]) -> (a cos - b sin, b cos + a sin). */
@@ -133,18 +138,19 @@ typedef struct acre_backend_ops {
   void (*pool)(acre_queue *, void *dst, const void *const *sources, int64_t count,
                int64_t l, int64_t width, acre_dtype);
 
-  /* ---- attention. q and out: [rows, h, d] float32 with row strides; q already rotated.
-   * Query row i sees all of `prefix` (nullable) and keys [0, seen + i] of `own`, where
-   * own->count >= seen + rows. Head c uses KV head c / (h/g). Logits q.k / sqrt(d) + bias;
-   * softmax in float32 over everything seen. `own` may be any count beyond what is seen.
-   * A row's result does not depend on the other rows; with `split` a single row may share
-   * its keys out to many workers and sum in another order. */
-  void (*attend)(acre_queue *, float *out, int64_t out_stride, const float *q,
+  /* ---- attention. q [rows, h, d] float32, already rotated; out [rows, h, d] of T; row
+   * strides in elements. Query row i sees all of `prefix` (nullable) and keys [0, seen + i]
+   * of `own`, where own->count >= seen + rows. Head c uses KV head c / (h/g). Logits
+   * T(q).k / sqrt(d) + bias; softmax in float32 over everything seen, its weights rounded
+   * to T once they are whole powers of two away from their sum. `own` may be any count
+   * beyond what is seen. A row's result does not depend on the other rows; with `split` a
+   * single row may share its keys out to many workers and sum in another order. */
+  void (*attend)(acre_queue *, void *out, int64_t out_stride, const float *q,
                  int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
                  int64_t seen, int64_t rows, bool split, const acre_heads *);
 
   /* scores[j] += sum over t query rows and the heads with use[head] != 0 of
-   * softmax over j of (q.k_j / sqrt(d)). q [t, h, d] float32 (row stride q_stride), keys
+   * softmax over j of (T(q).k_j / sqrt(d)), in float32. q [t, h, d] float32 (row stride q_stride), keys
    * [m, g, d] of T, use [h] on the host, scores [m] float32. */
   void (*score)(acre_queue *, float *scores, const float *q, int64_t q_stride,
                 const void *keys, const uint8_t *use, int64_t t, int64_t m,

@@ -6,27 +6,40 @@
 
 /* ---------------------------------------------------------------- workspace */
 
-/* Sizes in floats, in the order of the pointers that they become. */
+/* Every array of the workspace, in the order in which they lie in its block. */
+enum { X, QKV, NORMED, ATTENDED, HIDDEN, L1_NORMED, L1_QKV, LOGITS, IDS, L1_INDEX, ARRAYS };
+
+/* Where each begins, and behind the last one the end, in bytes. */
 typedef struct layout {
-  int64_t size[11];
+  size_t at[ARRAYS + 1];
 } layout;
 
 static layout workspace_layout(const acre_model *model, int64_t rows) {
   const acre_model_config *c = &model->config;
   int64_t l1 = acre_model_has_l1(model) ? rows : 0;
   int64_t qkv = acre_model_qkv_width(model);
-  return (layout){{rows * c->hidden, rows * c->hidden, rows * qkv,
-                   rows * c->heads * c->head_dim, rows * 2 * c->ffn, rows * c->ffn,
-                   l1 * c->hidden, l1 * qkv, c->vocab_size, rows, rows}};
+  int64_t f32 = sizeof(float), T = (int64_t)acre_dtype_size(c->dtype);
+  const int64_t bytes[ARRAYS] = {
+      [X] = rows * c->hidden * f32,
+      [QKV] = rows * qkv * f32,
+      [NORMED] = rows * c->hidden * T,
+      [ATTENDED] = rows * c->heads * c->head_dim * T,
+      [HIDDEN] = rows * c->ffn * T,
+      [L1_NORMED] = l1 * c->hidden * T,
+      [L1_QKV] = l1 * qkv * f32,
+      [LOGITS] = c->vocab_size * f32,
+      [IDS] = rows * (int64_t)sizeof(int32_t),
+      [L1_INDEX] = rows * (int64_t)sizeof(int32_t),
+  };
+  layout sizes = {{0}};
+  for (int i = 0; i < ARRAYS; ++i) {
+    sizes.at[i + 1] = sizes.at[i] + (size_t)acre_round_up(bytes[i], ACRE_ALIGN);
+  }
+  return sizes;
 }
 
 size_t acre_workspace_bytes(const acre_model *model, int64_t rows) {
-  layout sizes = workspace_layout(model, rows);
-  int64_t total = 0;
-  for (int i = 0; i < ACRE_COUNT(sizes.size); ++i) {
-    total += acre_round_up(sizes.size[i] * (int64_t)sizeof(float), ACRE_ALIGN);
-  }
-  return (size_t)total;
+  return workspace_layout(model, rows).at[ARRAYS];
 }
 
 acre_status acre_workspace_open(acre_workspace *workspace, const acre_model *model,
@@ -48,18 +61,19 @@ acre_status acre_workspace_open(acre_workspace *workspace, const acre_model *mod
     return status;
   }
   layout sizes = workspace_layout(model, rows);
-  float **pointers[] = {&workspace->x,         &workspace->normed,  &workspace->qkv,
-                        &workspace->attended,  &workspace->gate_up, &workspace->hidden,
-                        &workspace->l1_normed, &workspace->l1_qkv,  &workspace->logits};
-  char *at = acre_buffer_data(workspace->block);
-  int index = 0;
-  for (; index < ACRE_COUNT(pointers); ++index) {
-    *pointers[index] = (float *)(void *)at;
-    at += acre_round_up(sizes.size[index] * (int64_t)sizeof(float), ACRE_ALIGN);
-  }
-  workspace->ids = (int32_t *)(void *)at;
-  at += acre_round_up(sizes.size[index] * (int64_t)sizeof(float), ACRE_ALIGN);
-  workspace->l1_index = (int32_t *)(void *)at;
+  char *block = acre_buffer_data(workspace->block);
+  void *arrays[ARRAYS];
+  for (int i = 0; i < ARRAYS; ++i) arrays[i] = block + sizes.at[i];
+  workspace->x = arrays[X];
+  workspace->qkv = arrays[QKV];
+  workspace->normed = arrays[NORMED];
+  workspace->attended = arrays[ATTENDED];
+  workspace->hidden = arrays[HIDDEN];
+  workspace->l1_normed = arrays[L1_NORMED];
+  workspace->l1_qkv = arrays[L1_QKV];
+  workspace->logits = arrays[LOGITS];
+  workspace->ids = arrays[IDS];
+  workspace->l1_index = arrays[L1_INDEX];
   return ACRE_OK;
 }
 
@@ -110,16 +124,16 @@ static void project(flow *f, const acre_layer *layer) {
   acre_workspace *ws = f->ws;
   int64_t hidden = f->model->config.hidden, width = acre_model_qkv_width(f->model);
   f->ops->rmsnorm(ws->queue, ws->normed, ws->x, floats(layer->input_norm),
-                  f->model->config.rms_eps, f->pass->rows, hidden);
+                  f->model->config.rms_eps, f->pass->rows, hidden, f->model->config.dtype);
   f->ops->matmul(ws->queue, ws->qkv, width, ws->normed, layer->qkv, floats(layer->qkv_bias),
                  f->pass->rows, false);
   if (!f->l1_rows) return;
-  f->ops->gather_rows(ws->queue, ws->l1_normed, hidden, ws->normed, hidden, ws->l1_index,
-                      f->l1_rows, hidden);
+  f->ops->gather_rows(ws->queue, ws->l1_normed, ws->normed, ws->l1_index, f->l1_rows,
+                      (size_t)hidden * acre_dtype_size(f->model->config.dtype));
   f->ops->matmul(ws->queue, ws->l1_qkv, width, ws->l1_normed, layer->l1_qkv,
                  floats(layer->l1_bias), f->l1_rows, false);
-  f->ops->scatter_rows(ws->queue, ws->qkv, width, ws->l1_qkv, width, ws->l1_index,
-                       f->l1_rows, width);
+  f->ops->scatter_rows(ws->queue, ws->qkv, ws->l1_qkv, ws->l1_index, f->l1_rows,
+                       (size_t)width * sizeof(float));
 }
 
 static void look(const flow *f, int64_t layer, bool rotated) {
@@ -167,10 +181,8 @@ static void feed_forward(flow *f, const acre_layer *weights) {
   const acre_model_config *c = &f->model->config;
   int64_t rows = f->pass->rows;
   f->ops->rmsnorm(ws->queue, ws->normed, ws->x, floats(weights->attention_norm), c->rms_eps,
-                  rows, c->hidden);
-  f->ops->matmul(ws->queue, ws->gate_up, 2 * c->ffn, ws->normed, weights->gate_up, NULL,
-                 rows, false);
-  f->ops->swiglu(ws->queue, ws->hidden, ws->gate_up, rows, c->ffn);
+                  rows, c->hidden, c->dtype);
+  f->ops->swiglu(ws->queue, ws->hidden, ws->normed, weights->gate, weights->up, rows);
   f->ops->matmul(ws->queue, ws->x, c->hidden, ws->hidden, weights->down, NULL, rows, true);
 }
 
@@ -194,10 +206,11 @@ void acre_forward(const acre_model *model, acre_workspace *workspace,
 void acre_head(const acre_model *model, acre_workspace *workspace, float *logits,
                int64_t first, int64_t rows) {
   const acre_model_config *c = &model->config;
-  float *x = workspace->x + first * c->hidden;
-  float *normed = workspace->normed + first * c->hidden;
+  const float *x = workspace->x + first * c->hidden;
+  char *normed = workspace->normed;
+  normed += (size_t)(first * c->hidden) * acre_dtype_size(c->dtype);
   model->backend->ops->rmsnorm(workspace->queue, normed, x, floats(model->norm), c->rms_eps,
-                               rows, c->hidden);
+                               rows, c->hidden, c->dtype);
   model->backend->ops->matmul(workspace->queue, logits, c->vocab_size, normed, model->head,
                               NULL, rows, false);
 }

@@ -14,9 +14,11 @@ typedef struct acre_workspace {
   acre_queue *queue;
   int64_t rows;
   acre_buffer *block;
-  float *x, *normed, *qkv, *attended, *gate_up, *hidden; /* hidden: after SwiGLU */
-  float *l1_normed, *l1_qkv; /* the L1 rows alone; NULL without trained L1 weights */
-  float *logits;             /* [vocab_size] of the last row asked for */
+  float *x, *qkv;                   /* float32 */
+  void *normed, *attended, *hidden; /* of T; hidden: after SwiGLU */
+  void *l1_normed; /* of T; the L1 rows alone: empty without trained L1 weights */
+  float *l1_qkv;
+  float *logits; /* [vocab_size] of the last row asked for */
   int32_t *ids, *l1_index;
   int32_t *l1_host; /* [rows] on the host, to fill l1_index from */
 } acre_workspace;

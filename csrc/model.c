@@ -142,12 +142,12 @@ static slot layer_slot(const acre_model *model, acre_layer *layer, int kind) {
       s.columns = q;
       break;
     case GATE:
-      s.matrix = &layer->gate_up;
+      s.matrix = &layer->gate;
       s.rows = c->ffn;
       break;
     case UP:
-      s.matrix = &layer->gate_up;
-      s.rows = s.offset = c->ffn;
+      s.matrix = &layer->up;
+      s.rows = c->ffn;
       break;
     case DOWN:
       s.matrix = &layer->down;
@@ -168,9 +168,8 @@ static slot layer_slot(const acre_model *model, acre_layer *layer, int kind) {
       }
     }
   }
-  s.matrix_rows = s.matrix == &layer->gate_up                             ? 2 * c->ffn
-                  : s.matrix == &layer->qkv || s.matrix == &layer->l1_qkv ? q + 2 * kv
-                                                                          : s.rows;
+  bool joint = s.matrix == &layer->qkv || s.matrix == &layer->l1_qkv;
+  s.matrix_rows = joint ? q + 2 * kv : s.rows;
   s.vector_size = s.columns == c->hidden && !s.rows && kind < Q ? c->hidden : q + 2 * kv;
   return s;
 }
@@ -427,8 +426,8 @@ acre_status acre_model_create(acre_model **out, acre_engine *engine,
 static void release_layer(const acre_backend_ops *ops, acre_layer *layer) {
   acre_buffer *buffers[] = {layer->input_norm, layer->attention_norm, layer->qkv_bias,
                             layer->l1_bias};
-  acre_matrix *matrices[] = {layer->qkv, layer->l1_qkv, layer->out, layer->gate_up,
-                             layer->down};
+  acre_matrix *matrices[] = {layer->qkv,  layer->l1_qkv, layer->out,
+                             layer->gate, layer->up,     layer->down};
   for (int i = 0; i < ACRE_COUNT(buffers); ++i) acre_buffer_release(buffers[i]);
   for (int i = 0; i < ACRE_COUNT(matrices); ++i) ops->matrix_release(matrices[i]);
 }

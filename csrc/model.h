@@ -1,8 +1,8 @@
 /* A model: its configuration and its tensors bound to layers, on a backend.
  *
  * Takes tensors one at a time by Hugging Face name, in any order; gives an immutable set of
- * packed matrices. q, k, v lie in one matrix, and gate, up in one, so that a layer is four
- * multiplications. Refuses wrong shapes, values that are not finite, unknown names, and a
+ * packed matrices. q, k, v lie in one matrix, and gate and up are multiplied together, so
+ * that a layer is four multiplications. Refuses wrong shapes, values that are not finite, unknown names, and a
  * model that is not whole. */
 #ifndef ACRE_MODEL_H
 #define ACRE_MODEL_H
@@ -19,10 +19,11 @@ typedef struct acre_layer {
   acre_matrix *l1_qkv;         /* the same for L1 tokens; NULL: untrained, use qkv */
   acre_buffer *qkv_bias;       /* [(h + 2g) d] float32, zeros where none came */
   acre_buffer *l1_bias;
-  acre_matrix *out;     /* [hidden, h d] */
-  acre_matrix *gate_up; /* [2 ffn, hidden] */
-  acre_matrix *down;    /* [hidden, ffn] */
-  uint32_t bound;       /* bit i: row i of the table of names came */
+  acre_matrix *out;  /* [hidden, h d] */
+  acre_matrix *gate; /* [ffn, hidden] */
+  acre_matrix *up;   /* [ffn, hidden] */
+  acre_matrix *down; /* [hidden, ffn] */
+  uint32_t bound;    /* bit i: row i of the table of names came */
 } acre_layer;
 
 struct acre_model {

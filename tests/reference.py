@@ -167,9 +167,16 @@ class Reference:
         """[t, h, d]: q [t, h, d] attends to keys [c, g, d] where visible [t, c]."""
         repeat = self.h // self.g
         keys, values = np.repeat(keys, repeat, 1), np.repeat(values, repeat, 1)
-        logits = np.einsum("ihd,jhd->hij", q, keys) / math.sqrt(self.d) + bias
-        weights = softmax(np.where(visible, logits, -np.inf))
-        return np.einsum("hij,jhd->ihd", weights, values)
+        logits = np.einsum("ihd,jhd->hij", self.stored(q), keys) / math.sqrt(self.d)
+        weights = self.weights(np.where(visible, logits + bias, -np.inf))
+        total = weights.sum(axis=-1).T[:, :, None]
+        return np.einsum("hij,jhd->ihd", weights, values) / total
+
+    def weights(self, logits: Array) -> Array:
+        """exp(logits), up to a power of two per row, in the model's dtype."""
+        exponents = logits * math.log2(math.e)
+        origin = np.ceil(exponents.max(axis=-1, keepdims=True))
+        return self.stored(np.exp2(exponents - origin))
 
     def embed(self, ids: Array) -> Array:
         """[t, hidden]; the id vocab_size is the L1 token."""
@@ -427,7 +434,7 @@ class Cache:
             keys = model.stored(model.rotate(keys)) if rotated else keys
             keys = np.repeat(keys, model.h // model.g, axis=1)
             q = (layer.q_rotated if rotated else layer.q)[first:last]
-            logits = np.einsum("ihd,jhd->hij", q, keys) / math.sqrt(model.d)
+            logits = np.einsum("ihd,jhd->hij", model.stored(q), keys) / math.sqrt(model.d)
             out[i] = softmax(logits)[use[i]].sum(axis=(0, 1))
         return out if select == "per_layer" else out.sum(axis=0)
 

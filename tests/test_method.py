@@ -263,7 +263,7 @@ def test_threads_may_share_a_cache(dtype: str) -> None:
 def engines() -> list[Any]:
     """One engine per instruction set that this machine has."""
     out = []
-    for isa in ("scalar", "avx2", "avx512"):
+    for isa in ("scalar", "avx2", "avx512", "avx512_bf16"):
         try:
             out.append(_core.Engine(threads=1, isa=isa))
         except NotImplementedError:

@@ -88,9 +88,9 @@ PyDoc_STRVAR(engine_doc,
              "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
              "A device and its threads; models are created on one and share it.\n\n"
              "threads: worker threads including the caller's; 0 = all usable cores.\n"
-             "isa: None = the best of this processor; 'scalar', 'avx2' or 'avx512' cap\n"
-             "the choice. Raises ValueError, or NotImplementedError for a device or\n"
-             "instruction set that this build or machine lacks.");
+             "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
+             "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"
+             "for a device or instruction set that this build or machine lacks.");
 
 static PyType_Slot engine_slots[] = {
     {Py_tp_doc, (void *)engine_doc},

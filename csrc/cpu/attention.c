@@ -1,62 +1,34 @@
 /* Softmax attention over [prefix | own] in one pass: no score matrix is ever stored.
  *
  * Keys are taken in tiles of 64 that start at multiples of 64 of their segment. For
- * each tile a row keeps a running maximum, a sum and an unnormalised output (kernels.h,
+ * each tile a row keeps a running origin, a sum and an unnormalised output (kernels.h,
  * softmax), so its result depends on its own keys alone: not on the other rows, nor on
  * the threads.
  *
- * Several rows: a task is a KV head and 96 (row, head) pairs, which share the tile;
- * scores and weighted values both come from the tile kernel. One row: a task is a KV
- * head and a run of tiles; the runs, whose number depends on the key count only, are
- * joined in order. */
+ * A task is a KV head, up to 192 of its (row, head) pairs, the items, and a run of tiles;
+ * the items share the tile, so its keys and values are laid out for the tile kernel once
+ * for all of them. With several rows there is one run. A row decoded alone shares its
+ * tiles out over many runs, whose number depends on the key count only; they are joined
+ * in order. */
 #include "attention.h"
 
 #include <math.h>
 
 #define TILE ACRE_KEY_TILE
-#define SPLITS 64     /* most runs of tiles of one decoded row */
-#define SPLIT_TILES 4 /* least tiles of a run */
-#define UNIT_HEADS 32 /* query heads of one task of a decoded row */
+#define RUNS 64      /* most runs of tiles of one decoded row */
+#define RUN_TILES 4  /* least tiles of a run */
+#define RUN_ITEMS 32 /* most heads of a task of one decoded row */
 
-/* ---------------------------------------------------------------- tiles */
-
-const float *acre_cpu_load_rows(const acre_kernels *kernels, float *to, int64_t *stride,
-                                const void *data, int64_t first, int64_t rows, int64_t head,
-                                const acre_heads *heads) {
-  int64_t d = heads->head_dim, step = heads->kv_heads * d, padded = acre_padded(d);
-  int64_t offset = first * step + head * d;
-  if (heads->dtype == ACRE_F32 && d == padded) {
-    *stride = step;
-    return (const float *)data + offset;
-  }
-  *stride = padded;
-  for (int64_t i = 0; i < rows; i++) {
-    float *to_i = to + i * padded;
-    if (heads->dtype == ACRE_F32)
-      memcpy(to_i, (const float *)data + offset + i * step, (size_t)d * sizeof(float));
-    else
-      kernels->widen(to_i, (const uint16_t *)data + offset + i * step, d);
-    for (int64_t x = d; x < padded; x++) to_i[x] = 0.0f;
-  }
-  return to;
-}
-
-void acre_cpu_load_panels(const acre_kernels *kernels, float *panels, float *rows_scratch,
-                          const void *data, int64_t first, int64_t rows, int64_t head,
-                          const acre_heads *heads) {
-  int64_t stride, d = heads->head_dim;
-  const float *from =
-      acre_cpu_load_rows(kernels, rows_scratch, &stride, data, first, rows, head, heads);
-  for (int64_t i = 0; i < rows; i += ACRE_PANEL)
-    kernels->transpose(panels + i * d, from + i * stride, stride,
-                       acre_min(ACRE_PANEL, rows - i), d);
+float acre_cpu_logit_scale(const acre_heads *heads) {
+  return (float)(1.4426950408889634 / sqrt((double)heads->head_dim));
 }
 
 /* ---------------------------------------------------------------- what is seen */
 
 typedef struct attend_job {
   acre_queue *queue;
-  float *out;
+  const acre_typed *T;
+  void *out;
   int64_t out_stride;
   const float *q;
   int64_t q_stride;
@@ -67,8 +39,10 @@ typedef struct attend_job {
   const acre_heads *heads;
   int64_t group; /* query heads per KV head */
   float scale;
-  int64_t items;                                /* several rows: pairs of a task */
-  int64_t unit_first, units, splits, run, slot; /* one row, see below */
+  int64_t items;           /* of a task */
+  int64_t runs, run_tiles; /* of one block of items */
+  int64_t slot;            /* floats that a task of many leaves in the shared scratch */
+  int64_t first;           /* task of this loop over the pool */
 } attend_job;
 
 typedef struct key_tile {
@@ -96,270 +70,195 @@ static const float *tile_bias(const key_tile *tile) {
   return tile->keys->bias ? tile->keys->bias + tile->first : NULL;
 }
 
-/* ---------------------------------------------------------------- several rows */
+/* ---------------------------------------------------------------- a task */
 
-/* A worker's scratch for one task. Rows of q and o are padded(d) apart. */
+/* A task's items and its worker's scratch. Rows of q and o are padded(d) apart. */
 typedef struct block {
-  float *q, *o;
-  float *keys;   /* panels of a tile */
-  float *values; /* rows of a tile */
-  float *rows;   /* keys on their way into panels */
-  float *s;      /* [ACRE_ROWS_LIMIT][64] */
-  float *max, *sum;
+  int64_t kv_head, item, count, run;
+  void *q, *keys, *values; /* operands */
+  float *s;                /* [ACRE_ROWS_LIMIT][64] */
+  float *o, *origin, *sum; /* [count][padded(d)], [count], [count] */
 } block;
 
-_Static_assert((2 * ACRE_ITEMS + 3 * TILE) * ACRE_HEAD_DIM_MAX + ACRE_ROWS_LIMIT * TILE +
-                       4 * ACRE_ITEMS <=
-                   ACRE_WORKER_FLOATS,
-               "scratch is too small");
-
-/* Narrow heads leave room for twice the items: a tile's loading is shared by more. */
+/* Wide heads take fewer items. */
 static int64_t items_of(int64_t padded) {
-  return 2 * padded <= ACRE_HEAD_DIM_MAX ? 2 * ACRE_ITEMS : ACRE_ITEMS;
+  int64_t room = ACRE_ITEMS * 128 / padded;
+  return acre_min(acre_max(room / 48 * 48, 48), ACRE_ITEMS);
 }
 
-static block take_block(float *scratch, int64_t padded) {
-  block b;
+#define ITEM_FLOATS (ACRE_ITEMS * 128) /* of q, and of o */
+#define TILE_FLOATS (TILE * ACRE_HEAD_DIM_MAX)
+
+_Static_assert(48 * ACRE_HEAD_DIM_MAX <= ITEM_FLOATS, "no room for 48 items");
+_Static_assert(2 * ITEM_FLOATS + 2 * TILE_FLOATS + ACRE_ROWS_LIMIT * TILE +
+                       2 * ACRE_ITEMS <=
+                   ACRE_WORKER_FLOATS,
+               "scratch is too small");
+_Static_assert(RUNS *RUN_ITEMS *(ACRE_HEAD_DIM_MAX + 2) <= ACRE_SHARED_FLOATS,
+               "shared scratch is too small for the runs of one block of items");
+
+/* Where a task leaves what it keeps of a run. */
+static float *slot_of(const attend_job *job, int64_t task) {
+  return job->queue->shared + (task - job->first) * job->slot;
+}
+
+static block take_block(const attend_job *job, int64_t task, float *scratch) {
+  block b = {.run = task % job->runs, .kv_head = task / job->runs % job->heads->kv_heads};
+  b.item = task / job->runs / job->heads->kv_heads * job->items;
+  b.count = acre_min(job->items, job->rows * job->group - b.item);
   b.q = scratch;
-  b.o = b.q + items_of(padded) * padded;
-  b.keys = b.o + items_of(padded) * padded;
-  b.values = b.keys + TILE * padded;
-  b.rows = b.values + TILE * padded;
-  b.s = b.rows + TILE * padded;
-  b.max = b.s + ACRE_ROWS_LIMIT * TILE;
-  b.sum = b.max + items_of(padded);
+  b.o = scratch + ITEM_FLOATS;
+  b.keys = b.o + ITEM_FLOATS;
+  b.values = b.o + ITEM_FLOATS + TILE_FLOATS;
+  b.s = b.o + ITEM_FLOATS + 2 * TILE_FLOATS;
+  b.origin = b.s + ACRE_ROWS_LIMIT * TILE;
+  b.sum = b.origin + ACRE_ITEMS;
   return b;
 }
 
 /* Item i of a KV head is row i / group and its head i % group. */
-static const float *item_query(const attend_job *job, int64_t kv_head, int64_t item) {
-  int64_t head = kv_head * job->group + item % job->group;
-  return job->q + item / job->group * job->q_stride + head * job->heads->head_dim;
+static int64_t item_head(const attend_job *job, const block *b, int64_t i) {
+  return b->kv_head * job->group + (b->item + i) % job->group;
+}
+static int64_t item_row(const attend_job *job, const block *b, int64_t i) {
+  return (b->item + i) / job->group;
 }
 
-static float *item_out(const attend_job *job, int64_t kv_head, int64_t item) {
-  int64_t head = kv_head * job->group + item % job->group;
-  return job->out + item / job->group * job->out_stride + head * job->heads->head_dim;
-}
-
-static void begin_items(const attend_job *job, const block *b, int64_t kv_head,
-                        int64_t first, int64_t count) {
+static void begin_items(const attend_job *job, const block *b) {
   int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  for (int64_t i = 0; i < count; i++) {
-    memcpy(b->q + i * padded, item_query(job, kv_head, first + i),
-           (size_t)d * sizeof(float));
-    b->max[i] = -INFINITY;
+  for (int64_t i = 0; i < b->count; i++) {
+    const float *q =
+        job->q + item_row(job, b, i) * job->q_stride + item_head(job, b, i) * d;
+    job->T->round((char *)b->q + i * padded * job->T->operand, q, d);
+    b->origin[i] = -INFINITY;
     b->sum[i] = 0.0f;
   }
-  memset(b->o, 0, (size_t)(count * padded) * sizeof(float));
+  memset(b->o, 0, (size_t)(b->count * padded) * sizeof(float));
 }
 
-static void end_items(const attend_job *job, const block *b, int64_t kv_head, int64_t first,
-                      int64_t count) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  for (int64_t i = 0; i < count; i++) {
-    float *o_i = b->o + i * padded;
-    kernels->scale(o_i, b->sum[i] == 0.0f ? 0.0f : 1.0f / b->sum[i], d);
-    memcpy(item_out(job, kv_head, first + i), o_i, (size_t)d * sizeof(float));
-  }
+/* Divides an item's o by its sum and hands it over. */
+static void end_item(const attend_job *job, const block *b, int64_t i, float *o,
+                     float sum) {
+  int64_t d = job->heads->head_dim;
+  int64_t to = item_row(job, b, i) * job->out_stride + item_head(job, b, i) * d;
+  job->queue->kernels->scale(o, sum == 0.0f ? 0.0f : 1.0f / sum, d);
+  job->T->store((char *)job->out + (size_t)to * acre_dtype_size(job->heads->dtype), o, d);
 }
 
-/* At most tile_rows items, `item` the first of them in the KV head, against one tile.
+/* At most tile_rows items, the i-th of the block the first of them, against one tile.
  * Rows that see differently many keys are weighted apart, so that what one row must not
  * see never meets its sums, not even as a zero times it. */
 static void attend_rows(const attend_job *job, const block *b, const key_tile *tile,
-                        const float *values, int64_t v_stride, int64_t item, int64_t i,
-                        int64_t count) {
-  const acre_kernels *kernels = job->queue->kernels;
+                        int64_t i, int64_t count) {
+  const acre_typed *T = job->T;
   int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  kernels->tile(b->s, TILE, b->q + i * padded, padded, b->keys, ACRE_PANEL, d * ACRE_PANEL,
-                count, acre_ceil_div(tile->count, ACRE_PANEL), d, false);
+  int64_t p_stride = TILE * (int64_t)sizeof(float) / T->operand;
+  T->tile(b->s, TILE, (const char *)b->q + i * padded * T->operand, padded, b->keys,
+          d * ACRE_PANEL, count, acre_ceil_div(tile->count, ACRE_PANEL), d, false);
   for (int64_t run = 0, end; run < count; run = end) { /* rows that see equally many */
-    int64_t keys = visible(job, tile, (item + run) / job->group);
+    int64_t keys = visible(job, tile, item_row(job, b, i + run));
     for (end = run + 1; end < count; end++)
-      if (visible(job, tile, (item + end) / job->group) != keys) break;
+      if (visible(job, tile, item_row(job, b, i + end)) != keys) break;
     if (keys <= 0) continue;
     float factor[ACRE_ROWS_LIMIT];
-    kernels->softmax(b->s + run * TILE, tile_bias(tile), end - run, keys, job->scale,
-                     b->max + i + run, b->sum + i + run, factor);
+    T->softmax(b->s + run * TILE, tile_bias(tile), end - run, keys, job->scale,
+               b->origin + i + run, b->sum + i + run, factor);
     for (int64_t r = run; r < end; r++)
       if (factor[r - run] != 1.0f)
-        kernels->scale(b->o + (i + r) * padded, factor[r - run], padded);
-    kernels->tile(b->o + (i + run) * padded, padded, b->s + run * TILE, TILE, values,
-                  v_stride, ACRE_PANEL, end - run, padded / ACRE_PANEL, keys, true);
+        job->queue->kernels->scale(b->o + (i + r) * padded, factor[r - run], padded);
+    T->tile(b->o + (i + run) * padded, padded, b->s + run * TILE, p_stride, b->values,
+            TILE * ACRE_PANEL, end - run, padded / ACRE_PANEL, keys, true);
   }
 }
 
 static void attend_task(void *context, int64_t index, int32_t worker) {
   const attend_job *job = context;
   const acre_heads *heads = job->heads;
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t kv_head = index % heads->kv_heads;
-  int64_t first = index / heads->kv_heads * job->items;
-  int64_t count = acre_min(job->items, job->rows * job->group - first);
-  int64_t last_row = (first + count - 1) / job->group;
+  int64_t step = heads->kv_heads * heads->head_dim, padded = acre_padded(heads->head_dim);
+  block b = take_block(job, job->first + index, acre_cpu_scratch(job->queue, worker));
+  float *slot = slot_of(job, job->first + index);
+  if (job->runs > 1) /* what joins the runs later reads it there */
+    b.origin = slot, b.sum = slot + b.count, b.o = slot + 2 * b.count;
+  begin_items(job, &b);
+  int64_t last_row = item_row(job, &b, b.count - 1);
   int64_t tiles = job->tiles[0] + acre_ceil_div(job->seen + last_row + 1, TILE);
-  block b = take_block(acre_cpu_scratch(job->queue, worker), acre_padded(heads->head_dim));
-  begin_items(job, &b, kv_head, first, count);
-  for (int64_t t = 0; t < tiles; t++) {
+  int64_t end = acre_min((b.run + 1) * job->run_tiles, tiles);
+  for (int64_t t = b.run * job->run_tiles; t < end; t++) {
     key_tile tile = tile_at(job, t, last_row);
-    acre_cpu_load_panels(kernels, b.keys, b.rows, tile.keys->rotated, tile.first,
-                         tile.count, kv_head, heads);
-    int64_t v_stride;
-    const float *values =
-        acre_cpu_load_rows(kernels, b.values, &v_stride, tile.keys->values, tile.first,
-                           tile.count, kv_head, heads);
-    for (int64_t i = 0; i < count; i += kernels->tile_rows)
-      attend_rows(job, &b, &tile, values, v_stride, first + i, i,
-                  acre_min(kernels->tile_rows, count - i));
+    const acre_keys *keys = tile.keys;
+    job->T->keys(b.keys, acre_cpu_head(keys->rotated, tile.first, b.kv_head, heads), step,
+                 tile.count, heads->head_dim);
+    job->T->values(b.values, acre_cpu_head(keys->values, tile.first, b.kv_head, heads),
+                   step, tile.count, heads->head_dim);
+    for (int64_t i = 0; i < b.count; i += job->T->tile_rows)
+      attend_rows(job, &b, &tile, i, acre_min(job->T->tile_rows, b.count - i));
   }
-  end_items(job, &b, kv_head, first, count);
+  for (int64_t i = 0; job->runs == 1 && i < b.count; i++)
+    end_item(job, &b, i, b.o + i * padded, b.sum[i]);
 }
 
-static void attend_many(attend_job *job) {
-  int64_t threads = acre_pool_threads(job->queue->pool);
-  int64_t items = job->rows * job->group, g = job->heads->kv_heads;
-  job->items = items_of(acre_padded(job->heads->head_dim));
-  while (job->items > ACRE_ITEMS / 4 && acre_ceil_div(items, job->items) * g < 2 * threads)
-    job->items /= 2;
-  acre_pool_run(job->queue->pool, attend_task, job, acre_ceil_div(items, job->items) * g);
-}
+/* ---------------------------------------------------------------- joining runs */
 
-/* ---------------------------------------------------------------- one row */
-
-/* A unit is a KV head and at most 32 of its query heads. */
-typedef struct unit {
-  int64_t kv_head, head, heads; /* query heads [head, head + heads) */
-} unit;
-
-/* What a unit keeps of a run of tiles, in the shared scratch. */
-typedef struct partial {
-  float *max, *sum; /* [heads] */
-  float *o;         /* [heads][padded(d)] */
-} partial;
-
-static unit unit_at(const attend_job *job, int64_t index) {
-  int64_t per_kv = acre_ceil_div(job->group, UNIT_HEADS);
-  int64_t within = index % per_kv * UNIT_HEADS;
-  return (unit){index / per_kv, index / per_kv * job->group + within,
-                acre_min(UNIT_HEADS, job->group - within)};
-}
-
-static partial partial_at(const attend_job *job, int64_t unit_index, int64_t split,
-                          int64_t heads) {
-  int64_t slot = (unit_index - job->unit_first) * job->splits + split;
-  float *max = job->queue->shared + slot * job->slot;
-  return (partial){max, max + heads, max + 2 * heads};
-}
-
-static void decode_tile(const attend_job *job, const unit *u, const key_tile *tile,
-                        float *scratch, const partial *p, const float *queries) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t padded = acre_padded(job->heads->head_dim), stride, v_stride;
-  float *s = scratch, *key_rows = s + ACRE_ROWS_LIMIT * TILE;
-  float *value_rows = key_rows + TILE * padded;
-  const float *keys = acre_cpu_load_rows(kernels, key_rows, &stride, tile->keys->rotated,
-                                         tile->first, tile->count, u->kv_head, job->heads);
-  const float *values =
-      acre_cpu_load_rows(kernels, value_rows, &v_stride, tile->keys->values, tile->first,
-                         tile->count, u->kv_head, job->heads);
-  for (int64_t c = 0; c < u->heads; c += kernels->tile_rows) {
-    int64_t rows = acre_min(kernels->tile_rows, u->heads - c);
-    float factor[ACRE_ROWS_LIMIT];
-    for (int64_t r = 0; r < rows; r++)
-      kernels->dots(s + r * TILE, queries + (c + r) * padded, keys, stride, tile->count,
-                    padded);
-    kernels->softmax(s, tile_bias(tile), rows, tile->count, job->scale, p->max + c,
-                     p->sum + c, factor);
-    for (int64_t r = 0; r < rows; r++)
-      if (factor[r] != 1.0f) kernels->scale(p->o + (c + r) * padded, factor[r], padded);
-    kernels->tile(p->o + c * padded, padded, s, TILE, values, v_stride, ACRE_PANEL, rows,
-                  padded / ACRE_PANEL, tile->count, true);
-  }
-}
-
-_Static_assert(ACRE_ROWS_LIMIT *TILE + 2 * TILE * ACRE_HEAD_DIM_MAX +
-                       UNIT_HEADS * ACRE_HEAD_DIM_MAX <=
-                   ACRE_WORKER_FLOATS,
-               "scratch is too small");
-_Static_assert(SPLITS *UNIT_HEADS *(ACRE_HEAD_DIM_MAX + 2) <= ACRE_SHARED_FLOATS,
-               "shared scratch is too small for one unit");
-
-static void decode_task(void *context, int64_t index, int32_t worker) {
-  const attend_job *job = context;
-  int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  int64_t unit_index = job->unit_first + index / job->splits, split = index % job->splits;
-  unit u = unit_at(job, unit_index);
-  partial p = partial_at(job, unit_index, split, u.heads);
-  float *queries = acre_cpu_scratch(job->queue, worker);
-  float *scratch = queries + UNIT_HEADS * padded;
-  memset(p.sum, 0, (size_t)(u.heads * (padded + 1)) * sizeof(float)); /* and o */
-  memset(queries, 0, (size_t)(u.heads * padded) * sizeof(float));
-  for (int64_t c = 0; c < u.heads; c++) {
-    p.max[c] = -INFINITY;
-    memcpy(queries + c * padded, job->q + (u.head + c) * d, (size_t)d * sizeof(float));
-  }
-  int64_t end = acre_min((split + 1) * job->run, job->tiles[0] + job->tiles[1]);
-  for (int64_t t = split * job->run; t < end; t++) {
-    key_tile tile = tile_at(job, t, 0);
-    decode_tile(job, &u, &tile, scratch, &p, queries);
-  }
-}
-
-/* Joins the runs of head c of a unit: a softmax over their maxima gives their
- * weights. */
-static void join_head(const attend_job *job, const partial *first, int64_t c,
-                      float *scratch, float *out) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  float weights[TILE], sums[TILE] = {0}, max = -INFINITY, sum = 0.0f, factor;
-  for (int64_t s = 0; s < job->splits; s++) {
-    weights[s] = first->max[s * job->slot + c];
-    sums[s] = first->sum[s * job->slot + c];
-  }
-  kernels->softmax(weights, NULL, 1, job->splits, 1.0f, &max, &sum, &factor);
-  kernels->dots(&sum, weights, sums, TILE, 1, TILE);
-  kernels->tile(scratch, padded, weights, TILE, first->o + c * padded, job->slot,
-                ACRE_PANEL, 1, padded / ACRE_PANEL, job->splits, false);
-  kernels->scale(scratch, sum == 0.0f ? 0.0f : 1.0f / sum, d);
-  memcpy(out, scratch, (size_t)d * sizeof(float));
-}
-
+/* The runs of one block of items: each counts by its origin, a power of two. */
 static void join_task(void *context, int64_t index, int32_t worker) {
   const attend_job *job = context;
-  int64_t unit_index = job->unit_first + index;
-  unit u = unit_at(job, unit_index);
-  partial first = partial_at(job, unit_index, 0, u.heads);
-  float *scratch = acre_cpu_scratch(job->queue, worker);
-  for (int64_t c = 0; c < u.heads; c++)
-    join_head(job, &first, c, scratch, job->out + (u.head + c) * job->heads->head_dim);
-}
-
-_Static_assert(SPLITS <= TILE, "the runs' weights must fit one softmax");
-
-static void attend_one(attend_job *job) {
-  int64_t tiles = job->tiles[0] + job->tiles[1];
-  int64_t units = job->heads->kv_heads * acre_ceil_div(job->group, UNIT_HEADS);
-  job->run = acre_max(SPLIT_TILES, acre_ceil_div(tiles, SPLITS));
-  job->splits = acre_ceil_div(tiles, job->run);
-  job->slot = acre_min(job->group, UNIT_HEADS) * (acre_padded(job->heads->head_dim) + 2);
-  int64_t batch = ACRE_SHARED_FLOATS / (job->splits * job->slot);
-  for (int64_t first = 0; first < units; first += batch) {
-    job->unit_first = first;
-    job->units = acre_min(batch, units - first);
-    acre_pool_run(job->queue->pool, decode_task, job, job->units * job->splits);
-    acre_pool_run(job->queue->pool, join_task, job, job->units);
+  int64_t padded = acre_padded(job->heads->head_dim), task = job->first + index * job->runs;
+  block b = take_block(job, task, acre_cpu_scratch(job->queue, worker));
+  const float *first = slot_of(job, task);
+  for (int64_t i = 0; i < b.count; i++) {
+    float origin = -INFINITY, sum = 0.0f;
+    for (int64_t r = 0; r < job->runs; r++)
+      origin = fmaxf(origin, first[r * job->slot + i]);
+    if (origin == -INFINITY) origin = 0.0f;
+    memset(b.o, 0, (size_t)padded * sizeof(float));
+    for (int64_t r = 0; r < job->runs; r++) {
+      const float *run = first + r * job->slot;
+      float factor = acre_exp2(run[i], origin);
+      sum = fmaf(run[b.count + i], factor, sum);
+      job->queue->kernels->add_scaled(b.o, run + 2 * b.count + i * padded, factor, padded);
+    }
+    end_item(job, &b, i, b.o, sum);
   }
 }
 
 /* ---------------------------------------------------------------- operation */
 
-void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const float *q,
+/* Several rows: fewer items per task where there would be too few tasks. */
+static void choose_items(attend_job *job, int64_t items) {
+  int64_t threads = acre_pool_threads(job->queue->pool), g = job->heads->kv_heads;
+  job->items = items_of(acre_padded(job->heads->head_dim));
+  while (job->items > 24 && acre_ceil_div(items, job->items) * g < 2 * threads)
+    job->items /= 2;
+}
+
+static void choose_runs(attend_job *job) {
+  int64_t tiles = job->tiles[0] + job->tiles[1];
+  job->items = acre_min(RUN_ITEMS, job->group);
+  job->run_tiles = acre_max(RUN_TILES, acre_ceil_div(tiles, RUNS));
+  job->runs = acre_ceil_div(tiles, job->run_tiles);
+  job->slot = job->items * (acre_padded(job->heads->head_dim) + 2);
+}
+
+static void run_tasks(attend_job *job, int64_t tasks) {
+  acre_pool *pool = job->queue->pool;
+  if (job->runs == 1) {
+    acre_pool_run(pool, attend_task, job, tasks);
+    return;
+  }
+  int64_t batch = ACRE_SHARED_FLOATS / (job->runs * job->slot) * job->runs;
+  for (; job->first < tasks; job->first += batch) {
+    int64_t some = acre_min(batch, tasks - job->first);
+    acre_pool_run(pool, attend_task, job, some);
+    acre_pool_run(pool, join_task, job, some / job->runs);
+  }
+}
+
+void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const float *q,
                      int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
                      int64_t seen, int64_t rows, bool split, const acre_heads *heads) {
   if (rows <= 0) return;
   attend_job job = {.queue = queue,
+                    .T = &queue->kernels->of[heads->dtype],
                     .out = out,
                     .out_stride = out_stride,
                     .q = q,
@@ -368,13 +267,17 @@ void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const fl
                     .rows = rows,
                     .heads = heads,
                     .group = heads->heads / heads->kv_heads,
-                    .scale = (float)(1.0 / sqrt((double)heads->head_dim))};
+                    .scale = acre_cpu_logit_scale(heads),
+                    .runs = 1};
   if (prefix) job.segment[0] = *prefix;
   job.segment[1] = *own;
   job.tiles[0] = acre_ceil_div(job.segment[0].count, TILE);
   job.tiles[1] = acre_ceil_div(seen + rows, TILE);
+  job.run_tiles = job.tiles[0] + job.tiles[1];
+  int64_t items = rows * job.group;
   if (split && rows == 1)
-    attend_one(&job);
+    choose_runs(&job);
   else
-    attend_many(&job);
+    choose_items(&job, items);
+  run_tasks(&job, acre_ceil_div(items, job.items) * heads->kv_heads * job.runs);
 }

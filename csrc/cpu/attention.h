@@ -1,25 +1,23 @@
-/* Tiles of keys and values in float32, shared by attention and scoring. */
+/* Tiles of keys and values as operands, shared by attention and scoring. */
 #ifndef ACRE_CPU_ATTENTION_H
 #define ACRE_CPU_ATTENTION_H
 
 #include "cpu.h"
 
-#define ACRE_ITEMS 96 /* (query row, head) pairs of a task; a multiple of every tile_rows */
+/* (query row, head) pairs of a task; a multiple of every tile_rows */
+#define ACRE_ITEMS 192
 
 /* d rounded up to whole panels: the row stride of everything in scratch. */
 static inline int64_t acre_padded(int64_t d) { return acre_round_up(d, ACRE_PANEL); }
 
-/* Rows [first, first + rows) of one head of `data`, [.., g, d] of T, as float32 rows of
- * acre_padded(d) elements, zero beyond d. Returns where they lie: in `to`, or in `data`
- * itself where that is already so; *stride is then the distance between rows. */
-const float *acre_cpu_load_rows(const acre_kernels *kernels, float *to, int64_t *stride,
-                                const void *data, int64_t first, int64_t rows, int64_t head,
-                                const acre_heads *heads);
+/* Row `first` of one head of keys or values, [.., g, d] of T. */
+static inline const void *acre_cpu_head(const void *data, int64_t first, int64_t head,
+                                        const acre_heads *heads) {
+  int64_t at = (first * heads->kv_heads + head) * heads->head_dim;
+  return (const char *)data + (size_t)at * acre_dtype_size(heads->dtype);
+}
 
-/* The same rows as panels of 16 keys, [ceil(rows / 16)][d][16]; `rows_scratch` holds
- * them row by row in between. */
-void acre_cpu_load_panels(const acre_kernels *kernels, float *panels, float *rows_scratch,
-                          const void *data, int64_t first, int64_t rows, int64_t head,
-                          const acre_heads *heads);
+/* exp(x sqrt(1/d)) as a power of two: the factor of the exponent. */
+float acre_cpu_logit_scale(const acre_heads *heads);
 
 #endif

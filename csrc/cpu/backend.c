@@ -99,6 +99,7 @@ struct rows_job {
   rows_task task;
   int64_t rows, step;
   const acre_kernels *kernels;
+  const acre_typed *T; /* of dtype */
   void *y, *raw, *values;
   const void *x, *table, *other;
   const int32_t *index;
@@ -120,6 +121,7 @@ static void run_some_rows(void *context, int64_t index, int32_t worker) {
 static void run_rows(acre_queue *queue, rows_job *job, int64_t row_cost) {
   if (job->rows <= 0) return;
   job->kernels = queue->kernels;
+  job->T = &queue->kernels->of[job->dtype];
   int64_t threads = acre_pool_threads(queue->pool);
   int64_t even = acre_ceil_div(job->rows, 4 * threads);
   job->step = acre_max(even, acre_ceil_div(GRAIN, acre_max(row_cost, 1)));
@@ -179,11 +181,7 @@ static void embed_some(const rows_job *job, int64_t first, int64_t count) {
     int64_t id = job->index[i];
     const char *row =
         id == job->vocab ? job->other : (const char *)job->table + (size_t)id * row_bytes;
-    float *y_i = (float *)job->y + i * width;
-    if (job->dtype == ACRE_BF16)
-      job->kernels->widen(y_i, (const uint16_t *)row, width);
-    else
-      memcpy(y_i, row, row_bytes);
+    job->T->widen((float *)job->y + i * width, row, width);
   }
 }
 
@@ -203,77 +201,58 @@ static void embed(acre_queue *queue, float *x, const int32_t *ids, const void *t
 }
 
 static void rmsnorm_some(const rows_job *job, int64_t first, int64_t count) {
+  int64_t width = job->width;
+  size_t row_bytes = (size_t)width * acre_dtype_size(job->dtype);
   for (int64_t i = first; i < first + count; i++)
-    job->kernels->rmsnorm((float *)job->y + i * job->width,
-                          (const float *)job->x + i * job->width, job->gain, job->eps,
-                          job->width);
+    job->T->rmsnorm((char *)job->y + (size_t)i * row_bytes,
+                    (const float *)job->x + i * width, job->gain, job->eps, width);
 }
 
-static void rmsnorm(acre_queue *queue, float *y, const float *x, const float *gain,
-                    double eps, int64_t rows, int64_t width) {
+static void rmsnorm(acre_queue *queue, void *y, const float *x, const float *gain,
+                    double eps, int64_t rows, int64_t width, acre_dtype dtype) {
   rows_job job = {.task = rmsnorm_some,
                   .rows = rows,
                   .y = y,
                   .x = x,
                   .gain = gain,
                   .eps = eps,
-                  .width = width};
+                  .width = width,
+                  .dtype = dtype};
   run_rows(queue, &job, width);
 }
 
 static void gather_some(const rows_job *job, int64_t first, int64_t count) {
   for (int64_t i = first; i < first + count; i++)
-    memcpy((float *)job->y + i * job->y_stride,
-           (const float *)job->x + job->index[i] * job->x_stride,
-           (size_t)job->width * sizeof(float));
-}
-
-static void gather_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
-                        int64_t x_stride, const int32_t *index, int64_t rows,
-                        int64_t width) {
-  rows_job job = {.task = gather_some,
-                  .rows = rows,
-                  .y = y,
-                  .y_stride = y_stride,
-                  .x = x,
-                  .x_stride = x_stride,
-                  .index = index,
-                  .width = width};
-  run_rows(queue, &job, width);
+    memcpy((char *)job->y + (size_t)i * job->bytes,
+           (const char *)job->x + (size_t)job->index[i] * job->bytes, job->bytes);
 }
 
 static void scatter_some(const rows_job *job, int64_t first, int64_t count) {
   for (int64_t i = first; i < first + count; i++)
-    memcpy((float *)job->y + job->index[i] * job->y_stride,
-           (const float *)job->x + i * job->x_stride, (size_t)job->width * sizeof(float));
+    memcpy((char *)job->y + (size_t)job->index[i] * job->bytes,
+           (const char *)job->x + (size_t)i * job->bytes, job->bytes);
 }
 
-static void scatter_rows(acre_queue *queue, float *y, int64_t y_stride, const float *x,
-                         int64_t x_stride, const int32_t *index, int64_t rows,
-                         int64_t width) {
+static void gather_rows(acre_queue *queue, void *y, const void *x, const int32_t *index,
+                        int64_t rows, size_t row_bytes) {
+  rows_job job = {.task = gather_some,
+                  .rows = rows,
+                  .y = y,
+                  .x = x,
+                  .index = index,
+                  .bytes = row_bytes};
+  run_rows(queue, &job, (int64_t)row_bytes / 4);
+}
+
+static void scatter_rows(acre_queue *queue, void *y, const void *x, const int32_t *index,
+                         int64_t rows, size_t row_bytes) {
   rows_job job = {.task = scatter_some,
                   .rows = rows,
                   .y = y,
-                  .y_stride = y_stride,
                   .x = x,
-                  .x_stride = x_stride,
                   .index = index,
-                  .width = width};
-  run_rows(queue, &job, width);
-}
-
-static void swiglu_some(const rows_job *job, int64_t first, int64_t count) {
-  for (int64_t i = first; i < first + count; i++) {
-    const float *gate = (const float *)job->x + i * 2 * job->width;
-    job->kernels->swiglu((float *)job->y + i * job->width, gate, gate + job->width,
-                         job->width);
-  }
-}
-
-static void swiglu(acre_queue *queue, float *y, const float *gate_up, int64_t rows,
-                   int64_t ffn) {
-  rows_job job = {.task = swiglu_some, .rows = rows, .y = y, .x = gate_up, .width = ffn};
-  run_rows(queue, &job, 4 * ffn);
+                  .bytes = row_bytes};
+  run_rows(queue, &job, (int64_t)row_bytes / 4);
 }
 
 /* --------------------------------------------------------------- rotation, timeline */
@@ -304,34 +283,24 @@ static void rope(acre_queue *queue, float *x, int64_t x_stride, const float *cos
   run_rows(queue, &job, heads * head_dim);
 }
 
-/* to = T(from), n elements; element offset `at` in `to`. */
-static void store_as(const acre_kernels *kernels, void *to, int64_t at, const float *from,
-                     int64_t n, acre_dtype dtype) {
-  if (dtype == ACRE_BF16)
-    kernels->narrow((uint16_t *)to + at, from, n);
-  else
-    memcpy((float *)to + at, from, (size_t)n * sizeof(float));
-}
-
 static void store_kv_some(const rows_job *job, int64_t first, int64_t count) {
-  const acre_kernels *kernels = job->kernels;
+  const acre_typed *T = job->T;
   int64_t d = job->head_dim, width = job->heads * d;
+  size_t size = acre_dtype_size(job->dtype);
   for (int64_t i = first; i < first + count; i++) {
     int64_t angle = (job->position + i) * (d / 2);
     const float *k_i = (const float *)job->x + i * job->x_stride;
     for (int64_t c = 0; c < job->heads; c++) {
       float key[ACRE_HEAD_DIM_MAX];
-      int64_t at = i * width + c * d;
-      if (job->dtype == ACRE_BF16)
-        kernels->round(key, k_i + c * d, d);
-      else
-        memcpy(key, k_i + c * d, (size_t)d * sizeof(float));
-      if (job->raw) store_as(kernels, job->raw, at, key, d, job->dtype);
-      kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
-      store_as(kernels, job->y, at, key, d, job->dtype);
+      size_t at = (size_t)(i * width + c * d) * size;
+      char *raw = job->raw ? (char *)job->raw + at : (char *)job->y + at;
+      T->store(raw, k_i + c * d, d);
+      T->widen(key, raw, d);
+      job->kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
+      T->store((char *)job->y + at, key, d);
     }
-    store_as(kernels, job->values, i * width, (const float *)job->other + i * job->x_stride,
-             width, job->dtype);
+    T->store((char *)job->values + (size_t)(i * width) * size,
+             (const float *)job->other + i * job->x_stride, width);
   }
 }
 
@@ -357,19 +326,16 @@ static void store_kv(acre_queue *queue, void *raw, void *rotated, void *values,
 }
 
 static void rotate_some(const rows_job *job, int64_t first, int64_t count) {
-  const acre_kernels *kernels = job->kernels;
   int64_t d = job->head_dim;
+  size_t row_bytes = (size_t)d * acre_dtype_size(job->dtype);
   for (int64_t i = first; i < first + count; i++) {
     int64_t angle = (job->position + i) * (d / 2);
     for (int64_t c = 0; c < job->heads; c++) {
       float key[ACRE_HEAD_DIM_MAX];
-      int64_t at = (i * job->heads + c) * d;
-      if (job->dtype == ACRE_BF16)
-        kernels->widen(key, (const uint16_t *)job->x + at, d);
-      else
-        memcpy(key, (const float *)job->x + at, (size_t)d * sizeof(float));
-      kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
-      store_as(kernels, job->y, at, key, d, job->dtype);
+      size_t at = (size_t)(i * job->heads + c) * row_bytes;
+      job->T->widen(key, (const char *)job->x + at, d);
+      job->kernels->rope(key, key, job->cos + angle, job->sin + angle, d / 2);
+      job->T->store((char *)job->y + at, key, d);
     }
   }
 }
@@ -398,20 +364,17 @@ static void rotate(acre_queue *queue, void *rotated, const void *raw, const floa
 static void pool_some(const rows_job *job, int64_t first, int64_t count) {
   const void *const *sources = job->x;
   int64_t l = job->x_stride;
+  size_t size = acre_dtype_size(job->dtype);
   for (int64_t j = first; j < first + count; j++) {
     for (int64_t c = 0; c < job->width; c += POOL_CHUNK) {
       float sum[POOL_CHUNK] = {0}, row[POOL_CHUNK];
       int64_t n = acre_min(POOL_CHUNK, job->width - c);
       for (int64_t i = 0; i < l; i++) {
-        const void *source = sources[j * l + i];
-        if (job->dtype == ACRE_BF16)
-          job->kernels->widen(row, (const uint16_t *)source + c, n);
-        else
-          memcpy(row, (const float *)source + c, (size_t)n * sizeof(float));
+        job->T->widen(row, (const char *)sources[j * l + i] + (size_t)c * size, n);
         job->kernels->add(sum, sum, row, n);
       }
       for (int64_t x = 0; x < n; x++) sum[x] /= (float)l;
-      store_as(job->kernels, job->y, j * job->width + c, sum, n, job->dtype);
+      job->T->store((char *)job->y + (size_t)(j * job->width + c) * size, sum, n);
     }
   }
 }
@@ -455,7 +418,7 @@ static const acre_backend_ops cpu_ops = {
     .matmul = acre_cpu_matmul,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,
-    .swiglu = swiglu,
+    .swiglu = acre_cpu_swiglu,
     .rope = rope,
     .store_kv = store_kv,
     .rotate = rotate,
@@ -470,8 +433,10 @@ static acre_status choose_features(uint32_t *features, const char *isa, acre_err
   static const struct {
     const char *name;
     uint32_t allowed;
-  } rungs[] = {
-      {"scalar", 0}, {"avx2", ACRE_CPU_AVX2}, {"avx512", ACRE_CPU_AVX2 | ACRE_CPU_AVX512}};
+  } rungs[] = {{"scalar", 0},
+               {"avx2", ACRE_CPU_AVX2},
+               {"avx512", ACRE_CPU_AVX2 | ACRE_CPU_AVX512},
+               {"avx512_bf16", ACRE_CPU_AVX2 | ACRE_CPU_AVX512 | ACRE_CPU_BF16}};
   *features = acre_cpu_features();
   if (!isa) return ACRE_OK;
   for (int64_t i = 0; i < ACRE_COUNT(rungs); i++) {
@@ -483,7 +448,9 @@ static acre_status choose_features(uint32_t *features, const char *isa, acre_err
     return ACRE_OK;
   }
   return acre_fail(error, ACRE_BAD_VALUE,
-                   "isa is \"%.40s\", expected \"scalar\", \"avx2\" or \"avx512\"", isa);
+                   "isa is \"%.40s\", expected \"scalar\", \"avx2\", \"avx512\" or "
+                   "\"avx512_bf16\"",
+                   isa);
 }
 
 acre_status acre_cpu_backend_open(acre_backend **out, int32_t threads, const char *isa,

@@ -20,7 +20,6 @@ typedef struct cpu_backend {
   _Atomic int64_t references;
 } cpu_backend;
 
-#define ACRE_HEAD_DIM_MAX 512
 #define ACRE_WORKER_FLOATS (204 * 1024)  /* scratch of one worker */
 #define ACRE_SHARED_FLOATS (1100 * 1024) /* scratch that all workers see */
 
@@ -45,12 +44,14 @@ acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int
 void acre_cpu_matrix_release(acre_matrix *matrix);
 void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *host,
                           bool *finite);
-void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const float *x,
+void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const void *x,
                      const acre_matrix *W, const float *bias, int64_t rows,
                      bool accumulate);
+void acre_cpu_swiglu(acre_queue *queue, void *y, const void *x, const acre_matrix *gate,
+                     const acre_matrix *up, int64_t rows);
 
 /* attention.c */
-void acre_cpu_attend(acre_queue *queue, float *out, int64_t out_stride, const float *q,
+void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const float *q,
                      int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
                      int64_t seen, int64_t rows, bool split, const acre_heads *heads);
 /* score.c */

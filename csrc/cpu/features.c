@@ -9,6 +9,9 @@ uint32_t acre_cpu_features(void) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     features |= ACRE_CPU_AVX2;
   if (features && __builtin_cpu_supports("avx512f")) features |= ACRE_CPU_AVX512;
+  if (features & ACRE_CPU_AVX512 && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    features |= ACRE_CPU_BF16;
 #endif
   return features;
 }

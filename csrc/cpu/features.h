@@ -7,6 +7,7 @@
 
 #define ACRE_CPU_AVX2 1u   /* AVX2 and FMA */
 #define ACRE_CPU_AVX512 2u /* AVX-512F, and all of the above */
+#define ACRE_CPU_BF16 4u   /* AVX-512 BF16, BW and VL, and all of the above */
 
 uint32_t acre_cpu_features(void);
 

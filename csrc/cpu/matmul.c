@@ -1,9 +1,9 @@
-/* y (+)= T(x) W^T: packs weights once, multiplies in blocks that fit the caches.
+/* y (+)= x W^T, and silu(x G^T) * (x U^T): packs weights once, multiplies in blocks that
+ * fit the caches.
  *
  * A task owns a block of rows and a range of columns of y and goes over K in blocks. It
- * copies (and rounds) its rows of x, takes one group of panels at a time, widened to
- * float32 where many rows share them, and lets the tile kernel add into a float32 block
- * of its own. Partial sums are stored and reloaded as they are, so neither blocking nor
+ * copies its rows of x, takes one group of panels at a time, as operands of the table,
+ * and lets the tile kernel add into a float32 block of its own. Partial sums are stored and reloaded as they are, so neither blocking nor
  * the number of rows shows in the bits: a row of a large product equals the same row
  * alone. */
 #include "matmul.h"
@@ -22,9 +22,8 @@ acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int
                      acre_dtype_name(dtype));
   acre_matrix matrix = {(cpu_backend *)backend, NULL, N, K, dtype};
   int64_t bytes;
-  if (K > INT64_MAX / 64 || N > INT64_MAX / 64 ||
-      !acre_mul(&bytes, acre_panel_size(&matrix), acre_ceil_div(N, ACRE_PANEL)) ||
-      !acre_mul(&bytes, bytes, (int64_t)acre_dtype_size(dtype)))
+  if (K > INT64_MAX / 256 || N > INT64_MAX / 256 ||
+      !acre_mul(&bytes, acre_panel_bytes(&matrix), acre_ceil_div(N, ACRE_PANEL)))
     return acre_fail(error, ACRE_NO_MEMORY, "matrix [%lld, %lld] is too large",
                      (long long)N, (long long)K);
   acre_matrix *made = acre_alloc_zero(sizeof *made);
@@ -124,13 +123,14 @@ static void fill_task(void *context, int64_t index, int32_t worker) {
   int64_t begin = acre_max(job->row, panel * ACRE_PANEL);
   int64_t end = acre_min(job->row + job->host->shape[0], (panel + 1) * ACRE_PANEL);
   char *data = acre_buffer_data(matrix->buffer);
-  data += panel * acre_panel_size(matrix) * (int64_t)acre_dtype_size(matrix->dtype);
+  data += panel * acre_panel_bytes(matrix);
   for (int64_t c = 0; c < matrix->K; c += FILL_CHUNK) {
     int64_t count = acre_min(FILL_CHUNK, matrix->K - c);
     for (int64_t n = begin; n < end; n++) {
       float x[FILL_CHUNK];
       read_row(x, job->host, n - job->row, c, count);
-      if (matrix->dtype == ACRE_BF16) matrix->backend->kernels.round(x, x, count);
+      if (matrix->dtype == ACRE_BF16)
+        for (int64_t i = 0; i < count; i++) x[i] = acre_from_bf16(acre_to_bf16(x[i]));
       if (!all_finite(x, count)) atomic_store(&job->infinite, true);
       store_column(matrix, data, n % ACRE_PANEL, c, x, count);
     }
@@ -150,9 +150,11 @@ void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *ho
 /* ---------------------------------------------------------------- product */
 
 #define BLOCK_ROWS 120 /* a multiple of every tile_rows */
-#define BLOCK_K 384    /* even; a widened panel group stays in L1 */
-#define BLOCK_PANELS 32
-#define BLOCK_X (BLOCK_ROWS * (BLOCK_K + 16))
+#define BLOCK_K \
+  384                   /* float32 numbers of K, or as many bytes of bf16 ones: a multiple
+                           of every pack_k; a group of panels stays in L1 */
+#define BLOCK_PANELS 32 /* of one matrix, or half as many of two */
+#define BLOCK_X (BLOCK_ROWS * (BLOCK_K + 32)) /* floats */
 #define BLOCK_Y (BLOCK_ROWS * BLOCK_PANELS * ACRE_PANEL)
 #define BLOCK_B (BLOCK_K * 2 * ACRE_PANEL)
 
@@ -160,10 +162,12 @@ _Static_assert(BLOCK_X + BLOCK_Y + BLOCK_B <= ACRE_WORKER_FLOATS, "scratch is to
 
 typedef struct matmul_job {
   acre_queue *queue;
+  const acre_typed *T;
+  const void *x;
+  const acre_matrix *W, *up; /* up: the second matrix of swiglu, else NULL */
   float *y;
   int64_t y_stride;
-  const float *x;
-  const acre_matrix *W;
+  void *product; /* y of swiglu */
   const float *bias;
   bool accumulate;
   int64_t rows;
@@ -171,69 +175,60 @@ typedef struct matmul_job {
   int64_t row_blocks;
 } matmul_job;
 
-/* Rows of T(x) from index k_first on, side by side with a stride that is no power of
- * two. */
-static int64_t load_x(const matmul_job *job, float *to, int64_t row, int64_t rows,
-                      int64_t k_first, int64_t k) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t K = job->W->K, stride = acre_round_up(k, 16) + 16;
-  for (int64_t i = 0; i < rows; i++) {
-    const float *x_i = job->x + (row + i) * K + k_first;
-    if (job->W->dtype == ACRE_BF16)
-      kernels->round(to + i * stride, x_i, k);
-    else
-      memcpy(to + i * stride, x_i, (size_t)k * sizeof(float));
+/* What one task works on. Its rows of x from index k_first on lie side by side with a
+ * stride that is no power of two; c has the panels of its range of columns. */
+typedef struct block {
+  int64_t row, rows, panel, panels, k_first, k;
+  void *x;
+  int64_t x_stride;
+  float *c;
+  int64_t c_stride;
+  void *wide; /* a group of panels as operands */
+} block;
+
+static void load_x(const matmul_job *job, block *b) {
+  int64_t K = job->W->K;
+  b->x_stride = acre_round_up(b->k, 32) + 32;
+  for (int64_t i = 0; i < b->rows; i++) {
+    int64_t from = (b->row + i) * K + b->k_first;
+    job->T->load((char *)b->x + i * b->x_stride * job->T->operand,
+                 (const char *)job->x + (size_t)from * acre_dtype_size(job->W->dtype),
+                 b->k);
   }
-  return stride;
 }
 
 /* Few rows: the panels are read once, as they lie. */
-static void multiply_thin(const matmul_job *job, float *c, int64_t c_stride, const float *x,
-                          int64_t x_stride, int64_t rows, int64_t panel, int64_t panels,
-                          int64_t k_first, int64_t k) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t size = acre_panel_size(job->W), first = panel * size + k_first * ACRE_PANEL;
-  const void *data = acre_buffer_data(job->W->buffer);
-  bool add = k_first > 0;
-  if (job->W->dtype == ACRE_BF16)
-    kernels->tile_bf16(c, c_stride, x, x_stride, (const uint16_t *)data + first, size, rows,
-                       panels, k, add);
-  else
-    kernels->tile(c, c_stride, x, x_stride, (const float *)data + first, ACRE_PANEL, size,
-                  rows, panels, k, add);
+static void multiply_thin(const block *b, const acre_matrix *W, float *c) {
+  const acre_typed *T = acre_matrix_typed(W);
+  const char *packed = acre_buffer_data(W->buffer);
+  int64_t size = acre_panel_bytes(W);
+  packed += b->panel * size + acre_packed_offset(W, b->k_first);
+  T->thin(c, b->c_stride, b->x, b->x_stride, packed, size, b->rows, b->panels, b->k,
+          b->k_first > 0);
 }
 
-/* Many rows: every group of panels, widened once, meets all rows of the block. */
-static void multiply_block(const matmul_job *job, float *c, int64_t c_stride,
-                           const float *x, int64_t x_stride, float *wide, int64_t rows,
-                           int64_t panel, int64_t panels, int64_t k_first, int64_t k) {
-  const acre_kernels *kernels = job->queue->kernels;
-  int64_t size = acre_panel_size(job->W), group = kernels->tile_panels;
-  const void *data = acre_buffer_data(job->W->buffer);
-  for (int64_t p = 0; p < panels; p += group) {
-    int64_t count = acre_min(group, panels - p);
-    int64_t first = (panel + p) * size + k_first * ACRE_PANEL;
-    const float *b = (const float *)data + first;
-    int64_t b_size = size;
-    if (job->W->dtype == ACRE_BF16) {
-      b = wide;
-      b_size = k * ACRE_PANEL;
-      for (int64_t i = 0; i < count; i++)
-        kernels->expand(wide + i * b_size, (const uint16_t *)data + first + i * size, k);
-    }
-    for (int64_t i = 0; i < rows; i += kernels->tile_rows)
-      kernels->tile(c + i * c_stride + p * ACRE_PANEL, c_stride, x + i * x_stride, x_stride,
-                    b, ACRE_PANEL, b_size, acre_min(kernels->tile_rows, rows - i), count, k,
-                    k_first > 0);
+/* Many rows: every group of panels, unpacked once, meets all rows of the block. */
+static void multiply_block(const block *b, const acre_matrix *W, float *c) {
+  const acre_typed *T = acre_matrix_typed(W);
+  const char *packed = acre_buffer_data(W->buffer);
+  int64_t size = acre_panel_bytes(W), stride;
+  packed += b->panel * size + acre_packed_offset(W, b->k_first);
+  for (int64_t p = 0; p < b->panels; p += T->tile_panels) {
+    int64_t count = acre_min(T->tile_panels, b->panels - p);
+    const void *panels = T->unpack(b->wide, &stride, packed + p * size, size, count, b->k);
+    for (int64_t i = 0; i < b->rows; i += T->tile_rows)
+      T->tile(c + i * b->c_stride + p * ACRE_PANEL, b->c_stride,
+              (const char *)b->x + i * b->x_stride * T->operand, b->x_stride, panels,
+              stride, acre_min(T->tile_rows, b->rows - i), count, b->k, b->k_first > 0);
   }
 }
 
-static void finish(const matmul_job *job, float *c, int64_t c_stride, int64_t row,
-                   int64_t rows, int64_t column, int64_t columns) {
+static void finish(const matmul_job *job, const block *b, int64_t columns) {
   const acre_kernels *kernels = job->queue->kernels;
-  for (int64_t i = 0; i < rows; i++) {
-    float *c_i = c + i * c_stride;
-    float *y_i = job->y + (row + i) * job->y_stride + column;
+  int64_t column = b->panel * ACRE_PANEL;
+  for (int64_t i = 0; i < b->rows; i++) {
+    float *c_i = b->c + i * b->c_stride;
+    float *y_i = job->y + (b->row + i) * job->y_stride + column;
     if (job->bias && job->accumulate) kernels->add(c_i, c_i, job->bias + column, columns);
     if (job->accumulate)
       kernels->add(y_i, c_i, y_i, columns);
@@ -244,60 +239,88 @@ static void finish(const matmul_job *job, float *c, int64_t c_stride, int64_t ro
   }
 }
 
+static void finish_swiglu(const matmul_job *job, const block *b, float *up,
+                          int64_t columns) {
+  int64_t column = b->panel * ACRE_PANEL;
+  for (int64_t i = 0; i < b->rows; i++) {
+    float *gate_i = b->c + i * b->c_stride, *up_i = up + i * b->c_stride;
+    int64_t to = (b->row + i) * job->W->N + column;
+    job->queue->kernels->swiglu(gate_i, gate_i, up_i, columns);
+    job->T->store((char *)job->product + (size_t)to * acre_dtype_size(job->W->dtype),
+                  gate_i, columns);
+  }
+}
+
 static void matmul_task(void *context, int64_t index, int32_t worker) {
   const matmul_job *job = context;
   const acre_matrix *W = job->W;
-  float *x = acre_cpu_scratch(job->queue, worker), *c = x + BLOCK_X, *wide = c + BLOCK_Y;
-  int64_t row = index % job->row_blocks * job->block_rows;
-  int64_t rows = acre_min(job->block_rows, job->rows - row);
-  int64_t panel = index / job->row_blocks * job->block_panels;
-  int64_t panels = acre_min(job->block_panels, acre_ceil_div(W->N, ACRE_PANEL) - panel);
-  int64_t c_stride = panels * ACRE_PANEL;
-  for (int64_t k_first = 0; k_first < W->K; k_first += job->block_k) {
-    int64_t k = acre_min(job->block_k, W->K - k_first);
-    int64_t x_stride = load_x(job, x, row, rows, k_first, k);
-    if (job->rows <= job->queue->kernels->tile_rows)
-      multiply_thin(job, c, c_stride, x, x_stride, rows, panel, panels, k_first, k);
-    else
-      multiply_block(job, c, c_stride, x, x_stride, wide, rows, panel, panels, k_first, k);
+  block b = {.row = index % job->row_blocks * job->block_rows,
+             .panel = index / job->row_blocks * job->block_panels};
+  b.rows = acre_min(job->block_rows, job->rows - b.row);
+  b.panels = acre_min(job->block_panels, acre_ceil_div(W->N, ACRE_PANEL) - b.panel);
+  b.c_stride = b.panels * ACRE_PANEL;
+  b.c = acre_cpu_scratch(job->queue, worker);
+  b.x = b.c + BLOCK_Y;
+  b.wide = b.c + BLOCK_Y + BLOCK_X;
+  float *up = b.c + BLOCK_Y / 2;
+  bool thin = job->rows <= job->T->tile_rows;
+  for (b.k_first = 0; b.k_first < W->K; b.k_first += job->block_k) {
+    b.k = acre_min(job->block_k, W->K - b.k_first);
+    load_x(job, &b);
+    (thin ? multiply_thin : multiply_block)(&b, W, b.c);
+    if (job->up) (thin ? multiply_thin : multiply_block)(&b, job->up, up);
   }
-  int64_t column = panel * ACRE_PANEL;
-  finish(job, c, c_stride, row, rows, column, acre_min(c_stride, W->N - column));
+  int64_t columns = acre_min(b.c_stride, W->N - b.panel * ACRE_PANEL);
+  if (job->up)
+    finish_swiglu(job, &b, up, columns);
+  else
+    finish(job, &b, columns);
 }
 
 /* Blocks as large as the scratch allows, but enough tasks to keep every thread busy. */
 static void choose_blocks(matmul_job *job) {
   int64_t threads = acre_pool_threads(job->queue->pool);
   int64_t panels = acre_ceil_div(job->W->N, ACRE_PANEL);
-  int64_t tile_rows = job->queue->kernels->tile_rows;
-  if (job->rows <= tile_rows) {
+  if (job->rows <= job->T->tile_rows) {
     job->block_rows = job->rows;
-    job->block_k = (BLOCK_X / job->rows - 32) / 16 * 16;
+    job->block_k = (BLOCK_X / job->rows - 64) / 32 * 32;
   } else {
     int64_t blocks = acre_ceil_div(job->rows, BLOCK_ROWS);
-    job->block_rows = acre_round_up(acre_ceil_div(job->rows, blocks), tile_rows);
-    job->block_k = BLOCK_K;
+    job->block_rows = acre_round_up(acre_ceil_div(job->rows, blocks), job->T->tile_rows);
+    job->block_k = BLOCK_K * (int64_t)sizeof(float) / job->T->operand;
   }
   job->row_blocks = acre_ceil_div(job->rows, job->block_rows);
   int64_t wanted = acre_ceil_div(4 * threads, job->row_blocks); /* ranges of columns */
   int64_t each = acre_round_up(acre_ceil_div(panels, wanted), 4);
-  job->block_panels = acre_min(acre_max(each, 4), BLOCK_PANELS);
+  job->block_panels = acre_min(acre_max(each, 4), BLOCK_PANELS / (job->up ? 2 : 1));
 }
 
-void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const float *x,
+static void multiply(matmul_job *job) {
+  if (job->rows <= 0) return;
+  job->T = acre_matrix_typed(job->W);
+  choose_blocks(job);
+  int64_t panels = acre_ceil_div(job->W->N, ACRE_PANEL);
+  acre_pool_run(job->queue->pool, matmul_task, job,
+                job->row_blocks * acre_ceil_div(panels, job->block_panels));
+}
+
+void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const void *x,
                      const acre_matrix *W, const float *bias, int64_t rows,
                      bool accumulate) {
-  if (rows <= 0) return;
   matmul_job job = {.queue = queue,
-                    .y = y,
-                    .y_stride = y_stride,
                     .x = x,
                     .W = W,
+                    .y = y,
+                    .y_stride = y_stride,
                     .bias = bias,
                     .accumulate = accumulate,
                     .rows = rows};
-  choose_blocks(&job);
-  int64_t panels = acre_ceil_div(W->N, ACRE_PANEL);
-  acre_pool_run(queue->pool, matmul_task, &job,
-                job.row_blocks * acre_ceil_div(panels, job.block_panels));
+  multiply(&job);
+}
+
+void acre_cpu_swiglu(acre_queue *queue, void *y, const void *x, const acre_matrix *gate,
+                     const acre_matrix *up, int64_t rows) {
+  matmul_job job = {
+      .queue = queue, .x = x, .W = gate, .up = up, .product = y, .rows = rows};
+  multiply(&job);
 }

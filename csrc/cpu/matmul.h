@@ -12,9 +12,18 @@ struct acre_matrix {
   acre_dtype dtype;
 };
 
-/* Elements of one panel. */
-static inline int64_t acre_panel_size(const acre_matrix *W) {
-  return ACRE_PANEL * (W->dtype == ACRE_BF16 ? acre_round_up(W->K, 2) : W->K);
+static inline const acre_typed *acre_matrix_typed(const acre_matrix *W) {
+  return &W->backend->kernels.of[W->dtype];
+}
+
+/* Bytes of one panel, and of its first k numbers (whole blocks). */
+static inline int64_t acre_panel_bytes(const acre_matrix *W) {
+  const acre_typed *T = acre_matrix_typed(W);
+  return acre_ceil_div(W->K, T->pack_k) * T->pack_bytes;
+}
+static inline int64_t acre_packed_offset(const acre_matrix *W, int64_t k) {
+  const acre_typed *T = acre_matrix_typed(W);
+  return k / T->pack_k * T->pack_bytes;
 }
 
 #endif

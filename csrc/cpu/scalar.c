@@ -16,72 +16,144 @@ static float tree(float lanes[ACRE_PANEL]) {
   return lanes[0];
 }
 
-static void tile(float *c, int64_t c_stride, const float *a, int64_t a_stride,
-                 const float *b, int64_t b_stride, int64_t panel_stride, int64_t rows,
-                 int64_t panels, int64_t k, bool add) {
+static void tile_f32(float *c, int64_t c_stride, const void *a, int64_t a_stride,
+                     const void *b, int64_t panel_stride, int64_t rows, int64_t panels,
+                     int64_t k, bool add) {
   for (int64_t i = 0; i < rows; i++) {
+    const float *a_i = (const float *)a + i * a_stride;
     for (int64_t j = 0; j < ACRE_PANEL * panels; j++) {
-      const float *b_j = b + (j / ACRE_PANEL) * panel_stride + j % ACRE_PANEL;
+      const float *b_j = (const float *)b + j / ACRE_PANEL * panel_stride + j % ACRE_PANEL;
       float sum = add ? c[i * c_stride + j] : 0.0f;
-      for (int64_t x = 0; x < k; x++)
-        sum = fmaf(a[i * a_stride + x], b_j[x * b_stride], sum);
+      for (int64_t x = 0; x < k; x++) sum = fmaf(a_i[x], b_j[x * ACRE_PANEL], sum);
       c[i * c_stride + j] = sum;
     }
   }
 }
 
-static void tile_bf16(float *c, int64_t c_stride, const float *a, int64_t a_stride,
-                      const uint16_t *b, int64_t panel_stride, int64_t rows, int64_t panels,
+static void thin_f32(float *c, int64_t c_stride, const void *a, int64_t a_stride,
+                     const void *packed, int64_t packed_stride, int64_t rows,
+                     int64_t panels, int64_t k, bool add) {
+  tile_f32(c, c_stride, a, a_stride, packed, packed_stride / (int64_t)sizeof(float), rows,
+           panels, k, add);
+}
+
+/* Operands of bf16 are widened here: a pair is a[x], a[x + 1] and rows x, x + 1 of b. */
+static void tile_bf16(float *c, int64_t c_stride, const void *a, int64_t a_stride,
+                      const void *b, int64_t panel_stride, int64_t rows, int64_t panels,
                       int64_t k, bool add) {
   for (int64_t i = 0; i < rows; i++) {
+    const float *a_i = (const float *)a + i * a_stride;
     for (int64_t j = 0; j < ACRE_PANEL * panels; j++) {
-      const uint16_t *b_j = b + (j / ACRE_PANEL) * panel_stride + j % ACRE_PANEL * 2;
+      const float *b_j = (const float *)b + j / ACRE_PANEL * panel_stride + j % ACRE_PANEL;
       float sum = add ? c[i * c_stride + j] : 0.0f;
-      for (int64_t x = 0; x < k; x++) {
-        float b_xj = acre_from_bf16(b_j[x / 2 * (2 * ACRE_PANEL) + x % 2]);
-        sum = fmaf(a[i * a_stride + x], b_xj, sum);
+      for (int64_t x = 0; x < k; x += 2) {
+        if (x + 1 < k) sum = fmaf(a_i[x + 1], b_j[(x + 1) * ACRE_PANEL], sum);
+        sum = fmaf(a_i[x], b_j[x * ACRE_PANEL], sum);
       }
       c[i * c_stride + j] = sum;
     }
   }
 }
 
-static void dots(float *s, const float *q, const float *keys, int64_t stride, int64_t rows,
-                 int64_t k) {
-  for (int64_t j = 0; j < rows; j++) {
-    float lanes[ACRE_PANEL] = {0};
-    for (int64_t x = 0; x < k; x++)
-      lanes[x % ACRE_PANEL] = fmaf(q[x], keys[j * stride + x], lanes[x % ACRE_PANEL]);
-    s[j] = tree(lanes);
+static void thin_bf16(float *c, int64_t c_stride, const void *a, int64_t a_stride,
+                      const void *packed, int64_t packed_stride, int64_t rows,
+                      int64_t panels, int64_t k, bool add) {
+  for (int64_t i = 0; i < rows; i++) {
+    const float *a_i = (const float *)a + i * a_stride;
+    for (int64_t j = 0; j < ACRE_PANEL * panels; j++) {
+      const char *panel = (const char *)packed + j / ACRE_PANEL * packed_stride;
+      const uint16_t *b_j = (const uint16_t *)(const void *)panel + j % ACRE_PANEL * 2;
+      float sum = add ? c[i * c_stride + j] : 0.0f;
+      for (int64_t x = 0; x < k; x += 2, b_j += 2 * ACRE_PANEL) {
+        if (x + 1 < k) sum = fmaf(a_i[x + 1], acre_from_bf16(b_j[1]), sum);
+        sum = fmaf(a_i[x], acre_from_bf16(b_j[0]), sum);
+      }
+      c[i * c_stride + j] = sum;
+    }
   }
 }
 
 /* ---------------------------------------------------------------- layout and types */
 
-static void expand(float *b, const uint16_t *panel, int64_t k) {
-  for (int64_t x = 0; x < k; x++)
-    for (int64_t j = 0; j < ACRE_PANEL; j++)
-      b[x * ACRE_PANEL + j] =
-          acre_from_bf16(panel[x / 2 * (2 * ACRE_PANEL) + j * 2 + x % 2]);
+static void copy_f32(void *y, const void *x, int64_t n) {
+  memcpy(y, x, (size_t)n * sizeof(float));
+}
+static void store_f32(void *y, const float *x, int64_t n) { copy_f32(y, x, n); }
+static void widen_f32(float *y, const void *x, int64_t n) { copy_f32(y, x, n); }
+
+static void store_bf16(void *y, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) ((uint16_t *)y)[i] = acre_to_bf16(x[i]);
 }
 
-static void transpose(float *b, const float *keys, int64_t stride, int64_t rows,
-                      int64_t k) {
-  for (int64_t x = 0; x < k; x++)
-    for (int64_t j = 0; j < ACRE_PANEL; j++)
-      b[x * ACRE_PANEL + j] = j < rows ? keys[j * stride + x] : 0.0f;
+static void widen_bf16(float *y, const void *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = acre_from_bf16(((const uint16_t *)x)[i]);
 }
 
-static void round_to_bf16(float *y, const float *x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] = acre_from_bf16(acre_to_bf16(x[i]));
+static void load_bf16(void *a, const void *x, int64_t n) {
+  widen_bf16(a, x, n);
+  if (n % 2) ((float *)a)[n] = 0.0f;
 }
 
-static void widen(float *y, const uint16_t *x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] = acre_from_bf16(x[i]);
+static void round_bf16(void *a, const float *x, int64_t n) {
+  float *to = a;
+  for (int64_t i = 0; i < n; i++) to[i] = acre_from_bf16(acre_to_bf16(x[i]));
+  if (n % 2) to[n] = 0.0f;
 }
 
-static void narrow(uint16_t *y, const float *x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] = acre_to_bf16(x[i]);
+static float element(const void *x, int64_t i, bool bf16) {
+  return bf16 ? acre_from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+static void transpose(float *b, const void *keys, int64_t stride, int64_t rows, int64_t d,
+                      bool bf16) {
+  for (int64_t j = 0; j < acre_round_up(rows, ACRE_PANEL); j++)
+    for (int64_t x = 0; x < d; x++)
+      b[(j / ACRE_PANEL * d + x) * ACRE_PANEL + j % ACRE_PANEL] =
+          j < rows ? element(keys, j * stride + x, bf16) : 0.0f;
+}
+
+static void cut(float *b, const void *values, int64_t stride, int64_t rows, int64_t d,
+                bool bf16) {
+  for (int64_t j = 0; j < rows; j++)
+    for (int64_t x = 0; x < acre_round_up(d, ACRE_PANEL); x++)
+      b[(x / ACRE_PANEL * ACRE_KEY_TILE + j) * ACRE_PANEL + x % ACRE_PANEL] =
+          x < d ? element(values, j * stride + x, bf16) : 0.0f;
+}
+
+static void keys_f32(void *b, const void *keys, int64_t stride, int64_t rows, int64_t d) {
+  transpose(b, keys, stride, rows, d, false);
+}
+static void keys_bf16(void *b, const void *keys, int64_t stride, int64_t rows, int64_t d) {
+  transpose(b, keys, stride, rows, d, true);
+}
+static void values_f32(void *b, const void *values, int64_t stride, int64_t rows,
+                       int64_t d) {
+  cut(b, values, stride, rows, d, false);
+}
+static void values_bf16(void *b, const void *values, int64_t stride, int64_t rows,
+                        int64_t d) {
+  cut(b, values, stride, rows, d, true);
+}
+
+static const void *unpack_f32(void *b, int64_t *panel_stride, const void *packed,
+                              int64_t packed_stride, int64_t panels, int64_t k) {
+  (void)b, (void)panels, (void)k;
+  *panel_stride = packed_stride / (int64_t)sizeof(float);
+  return packed;
+}
+
+static const void *unpack_bf16(void *b, int64_t *panel_stride, const void *packed,
+                               int64_t packed_stride, int64_t panels, int64_t k) {
+  *panel_stride = k * ACRE_PANEL;
+  for (int64_t p = 0; p < panels; p++) {
+    const void *panel = (const char *)packed + p * packed_stride;
+    float *to = (float *)b + p * *panel_stride;
+    for (int64_t x = 0; x < k; x++)
+      for (int64_t j = 0; j < ACRE_PANEL; j++)
+        to[x * ACRE_PANEL + j] =
+            element(panel, x / 2 * (2 * ACRE_PANEL) + 2 * j + x % 2, true);
+  }
+  return b;
 }
 
 static void add(float *y, const float *c, const float *addend, int64_t n) {
@@ -92,12 +164,16 @@ static void scale_by(float *y, float factor, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] *= factor;
 }
 
+static void add_scaled(float *y, const float *x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = fmaf(x[i], factor, y[i]);
+}
+
 /* ---------------------------------------------------------------- softmax */
 
 float acre_exp(float x) {
   if (x < ACRE_EXP_LOW) return 0.0f;
   if (x > ACRE_EXP_HIGH) x = ACRE_EXP_HIGH;
-  float shifted = fmaf(x, ACRE_EXP_LOG2E, ACRE_EXP_MAGIC);
+  float shifted = fmaf(x, ACRE_LOG2E, ACRE_EXP_MAGIC);
   uint32_t n = acre_bits(shifted) - acre_bits(ACRE_EXP_MAGIC);
   float whole = shifted - ACRE_EXP_MAGIC;
   float r = fmaf(whole, -ACRE_EXP_LN2_HIGH, x);
@@ -110,46 +186,88 @@ float acre_exp(float x) {
   return p * acre_from_bits((n + 127u) << 23);
 }
 
+float acre_exp2(float x, float origin) {
+  float whole = rintf(x), r = x - whole, exponent = whole - origin;
+  if (exponent < ACRE_EXP2_LOW) return 0.0f;
+  float p = fmaf(ACRE_EXP2_C5, r, ACRE_EXP2_C4);
+  p = fmaf(p, r, ACRE_EXP2_C3);
+  p = fmaf(p, r, ACRE_EXP2_C2);
+  p = fmaf(p, r, ACRE_EXP2_C1);
+  p = fmaf(p, r, ACRE_EXP2_C0);
+  p = fmaf(p, r, 1.0f);
+  if (isnan(p)) return p;
+  return p * acre_from_bits((uint32_t)((int32_t)exponent + 127) << 23);
+}
+
+/* 2^(before - origin), which is whole; no origin before: 0. */
+static float rescaling(float before, float origin) {
+  return before == origin ? 1.0f : acre_exp2(before, origin);
+}
+
 /* One row; returns the factor. */
-static float softmax_row(float *s, const float *bias, int64_t n, float scale, float *max,
-                         float *sum) {
-  float highest = *max;
+static float softmax_row(float *s, const float *bias, int64_t n, float scale, bool bf16,
+                         float *origin, float *sum) {
+  float before = *origin;
   for (int64_t j = 0; j < n; j++) {
-    s[j] = fmaf(s[j], scale, bias ? bias[j] : 0.0f);
-    if (s[j] > highest) highest = s[j];
+    s[j] = fmaf(s[j], scale, bias ? bias[j] * ACRE_LOG2E : 0.0f);
+    if (s[j] > *origin) *origin = ceilf(s[j]);
   }
-  float origin = highest == -INFINITY ? 0.0f : highest;
+  float from = *origin == -INFINITY ? 0.0f : *origin;
   float lanes[ACRE_PANEL] = {0};
   for (int64_t j = 0; j < ACRE_KEY_TILE; j++) {
-    s[j] = j < n ? acre_exp(s[j] - origin) : 0.0f;
-    lanes[j % ACRE_PANEL] += s[j];
+    s[j] = j < n ? acre_exp2(s[j], from) : 0.0f;
+    if (bf16) s[j] = acre_from_bf16(acre_to_bf16(s[j]));
   }
-  float factor = acre_exp(*max - origin);
+  for (int64_t j = 0; j < ACRE_KEY_TILE; j++) {
+    if (bf16)
+      lanes[j / 2 % ACRE_PANEL] += s[j ^ 1];
+    else
+      lanes[j % ACRE_PANEL] += s[j];
+  }
+  float factor = rescaling(before, from);
   *sum = fmaf(*sum, factor, tree(lanes));
-  *max = highest;
   return factor;
 }
 
-static void softmax(float *s, const float *bias, int64_t rows, int64_t n, float scale,
-                    float *max, float *sum, float *factor) {
+static void softmax_f32(float *s, const float *bias, int64_t rows, int64_t n, float scale,
+                        float *origin, float *sum, float *factor) {
   for (int64_t r = 0; r < rows; r++)
-    factor[r] = softmax_row(s + r * ACRE_KEY_TILE, bias, n, scale, &max[r], &sum[r]);
+    factor[r] =
+        softmax_row(s + r * ACRE_KEY_TILE, bias, n, scale, false, &origin[r], &sum[r]);
 }
 
-static void add_exp(float *total, const float *s, int64_t n, float scale, float max,
-                    float weight) {
+static void softmax_bf16(float *s, const float *bias, int64_t rows, int64_t n, float scale,
+                         float *origin, float *sum, float *factor) {
+  for (int64_t r = 0; r < rows; r++)
+    factor[r] =
+        softmax_row(s + r * ACRE_KEY_TILE, bias, n, scale, true, &origin[r], &sum[r]);
+}
+
+static void add_exp2(float *total, const float *s, int64_t n, float scale, float origin,
+                     float weight) {
   for (int64_t j = 0; j < n; j++)
-    total[j] = fmaf(acre_exp(fmaf(s[j], scale, -max)), weight, total[j]);
+    total[j] = fmaf(acre_exp2(s[j] * scale, origin), weight, total[j]);
 }
 
 /* -------------------------------------------------------------- rows of activations */
 
-static void rmsnorm(float *y, const float *x, const float *gain, double eps, int64_t n) {
+static float norm_factor(const float *x, double eps, int64_t n) {
   float lanes[ACRE_PANEL] = {0};
   for (int64_t i = 0; i < n; i++)
     lanes[i % ACRE_PANEL] = fmaf(x[i], x[i], lanes[i % ACRE_PANEL]);
-  float factor = (float)(1.0 / sqrt((double)tree(lanes) / (double)n + eps));
-  for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+  return (float)(1.0 / sqrt((double)tree(lanes) / (double)n + eps));
+}
+
+static void rmsnorm_f32(void *y, const float *x, const float *gain, double eps, int64_t n) {
+  float factor = norm_factor(x, eps, n);
+  for (int64_t i = 0; i < n; i++) ((float *)y)[i] = x[i] * factor * gain[i];
+}
+
+static void rmsnorm_bf16(void *y, const float *x, const float *gain, double eps,
+                         int64_t n) {
+  float factor = norm_factor(x, eps, n);
+  for (int64_t i = 0; i < n; i++)
+    ((uint16_t *)y)[i] = acre_to_bf16(x[i] * factor * gain[i]);
 }
 
 static void swiglu(float *y, const float *gate, const float *up, int64_t n) {
@@ -170,21 +288,42 @@ static void rope(float *y, const float *x, const float *cos, const float *sin,
 void acre_kernels_scalar(acre_kernels *table) {
   *table = (acre_kernels){
       .isa = "scalar",
-      .tile_rows = 4,
-      .tile_panels = 1,
-      .tile = tile,
-      .tile_bf16 = tile_bf16,
-      .expand = expand,
-      .transpose = transpose,
-      .round = round_to_bf16,
-      .widen = widen,
-      .narrow = narrow,
+      .of[ACRE_F32] = {.operand = sizeof(float),
+                       .pack_k = 1,
+                       .pack_bytes = ACRE_PANEL * sizeof(float),
+                       .tile_rows = 4,
+                       .tile_panels = 1,
+                       .store = store_f32,
+                       .widen = widen_f32,
+                       .load = copy_f32,
+                       .round = store_f32,
+                       .rmsnorm = rmsnorm_f32,
+                       .keys = keys_f32,
+                       .values = values_f32,
+                       .unpack = unpack_f32,
+                       .tile = tile_f32,
+                       .thin = thin_f32,
+                       .softmax = softmax_f32},
+      .of[ACRE_BF16] = {.operand = sizeof(float),
+                        .pack_k = 2,
+                        .pack_bytes = 2 * ACRE_PANEL * sizeof(uint16_t),
+                        .tile_rows = 4,
+                        .tile_panels = 1,
+                        .store = store_bf16,
+                        .widen = widen_bf16,
+                        .load = load_bf16,
+                        .round = round_bf16,
+                        .rmsnorm = rmsnorm_bf16,
+                        .keys = keys_bf16,
+                        .values = values_bf16,
+                        .unpack = unpack_bf16,
+                        .tile = tile_bf16,
+                        .thin = thin_bf16,
+                        .softmax = softmax_bf16},
       .add = add,
       .scale = scale_by,
-      .dots = dots,
-      .softmax = softmax,
-      .add_exp = add_exp,
-      .rmsnorm = rmsnorm,
+      .add_scaled = add_scaled,
+      .add_exp2 = add_exp2,
       .swiglu = swiglu,
       .rope = rope,
   };

@@ -46,6 +46,28 @@ V_INLINE vf v_keep_first(vf x, int64_t n, vf rest) {
   return _mm256_blendv_ps(rest, x, _mm256_castsi256_ps(v_mask(n)));
 }
 
+V_INLINE vf v_rint(vf x) { /* ties to even */
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* p * 2^n, n whole and <= 127; 0 where n < low. */
+V_INLINE vf v_times_power(vf p, vf n, vf low) {
+  __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  vf y = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  return v_zero_below(y, n, low);
+}
+V_INLINE bool v_any_above(vf a, vf b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
+/* Lanes 0, 2, 4, ... and 1, 3, 5, ... of a, then of b. */
+V_INLINE vf v_even(vf a, vf b) {
+  __m256d x = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(x, 0xd8));
+}
+V_INLINE vf v_odd(vf a, vf b) {
+  __m256d x = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(x, 0xd8));
+}
+
 /* 2^n for the whole n in the low bits of shifted = n + 1.5 * 2^23. */
 V_INLINE vf v_power(vf shifted) {
   __m256i bias = _mm256_set1_epi32(127 - 0x4b400000);

@@ -44,6 +44,26 @@ V_INLINE vf v_keep_first(vf x, int64_t n, vf rest) {
   return _mm512_mask_mov_ps(rest, v_mask(n), x);
 }
 
+V_INLINE vf v_rint(vf x) { /* ties to even */
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* p * 2^n, n whole and <= 127; 0 where n < low. */
+V_INLINE vf v_times_power(vf p, vf n, vf low) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, low, _CMP_NLT_UQ), p, n);
+}
+V_INLINE bool v_any_above(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+/* Lanes 0, 2, 4, ... and 1, 3, 5, ... of a, then of b. */
+V_INLINE vf v_even(vf a, vf b) {
+  __m512i lanes =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(a, lanes, b);
+}
+V_INLINE vf v_odd(vf a, vf b) {
+  __m512i lanes =
+      _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_ps(a, lanes, b);
+}
+
 /* 2^n for the whole n in the low bits of shifted = n + 1.5 * 2^23. */
 V_INLINE vf v_power(vf shifted) {
   __m512i bias = _mm512_set1_epi32(127 - 0x4b400000);

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 
 #define EPS 0x1p-24
-#define BACKENDS 6
+#define BACKENDS 8
 
 static acre_backend *backends[BACKENDS];
 static acre_queue *queues[BACKENDS];
@@ -59,7 +59,7 @@ static inline bool same(const void *a, const void *b, int64_t bytes) {
 
 /* The random seed is the first argument, or given. */
 static inline bool open_backends(int argc, char **argv, uint64_t default_seed) {
-  static const char *const names[] = {"scalar", "avx2", "avx512"};
+  static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
   seed = argc > 1 ? strtoull(argv[1], NULL, 10) : default_seed;
   printf("seed %llu, backends:", (unsigned long long)seed);
   for (int i = 0; i < BACKENDS; i++) {

@@ -48,7 +48,7 @@ static double logit_of(const attend_case *c, const attend_data *a, int64_t row,
   int64_t h = c->kv_heads * c->group, kv = head / c->group;
   double sum = 0.0;
   for (int64_t x = 0; x < c->d; x++) {
-    double p = (double)a->q[(row * h + head) * c->d + x] *
+    double p = (double)as(a->q[(row * h + head) * c->d + x], c->dtype) *
                at(a->keys[s], (j * c->kv_heads + kv) * c->d + x, c->dtype);
     sum += p, *size += fabs(p);
   }
@@ -56,31 +56,52 @@ static double logit_of(const attend_case *c, const attend_data *a, int64_t row,
   return sum / sqrt((double)c->d) + (c->bias ? a->bias[s][j] : 0.0);
 }
 
-/* Error: softmax weights differ by a factor exp(2 e), e the worst logit's error, d+3
- * roundings; the weighted sum adds one rounding per key, a few per tile of keys. */
-static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
-                       int64_t head, const float *out) {
-  int64_t counts[2] = {c->prefix, c->seen + row + 1};
-  double *o = calloc((size_t)c->d, sizeof *o), sum = 0.0, worst = 0.0;
-  for (int s = 0; s < 2; s++) {
-    for (int64_t j = 0; j < counts[s]; j++) {
-      double size = 0.0, weight = exp(logit_of(c, a, row, head, s, j, &size));
-      worst = size > worst ? size : worst;
-      sum += weight;
-      for (int64_t x = 0; x < c->d; x++)
-        o[x] += weight *
-                at(a->values[s], (j * c->kv_heads + head / c->group) * c->d + x, c->dtype);
-    }
+/* Weight of a logit relative to the highest, rounded to T (which scaling by powers of two
+ * does not change); *slack = how far a logit wrong by `error` may move it. */
+static double weight_of(double logit, double highest, double error, acre_dtype dtype,
+                        double *slack) {
+  double e = exp2(logit * 1.4426950408889634 - ceil(highest * 1.4426950408889634));
+  if (dtype == ACRE_F32) {
+    *slack = e * error;
+    return e;
   }
-  double keys = (double)(counts[0] + counts[1]);
-  double error = EPS * (2 * (double)(c->d + 8) * (worst + 2) + keys + keys / 16 + 20);
+  *slack = as((float)(e * (1 + error)), dtype) - as((float)(e * (1 - error)), dtype);
+  return as((float)e, dtype);
+}
+
+/* Error: a softmax weight is off by the error of its logit, d+8 roundings; the weighted
+ * sum and the sum of weights add one rounding per key and a few per tile of keys; at the
+ * end one rounding to T. Values are at most 1. */
+static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
+                       int64_t head, const void *out) {
+  int64_t counts[2] = {c->prefix, c->seen + row + 1}, keys = counts[0] + counts[1];
+  double *o = calloc((size_t)c->d, sizeof *o), *logits = calloc((size_t)keys, sizeof *o);
+  double worst = 0.0, highest = -INFINITY, sum = 0.0, slack, slacks = 0.0;
+  for (int64_t i = 0; i < keys; i++) {
+    int s = i >= counts[0];
+    double size = 0.0;
+    logits[i] = logit_of(c, a, row, head, s, s ? i - counts[0] : i, &size);
+    worst = fmax(worst, size), highest = fmax(highest, logits[i]);
+  }
+  double error = EPS * 2 * (double)(c->d + 8) * (worst + 2);
+  for (int64_t i = 0; i < keys; i++) {
+    int s = i >= counts[0];
+    int64_t j = (s ? i - counts[0] : i) * c->kv_heads + head / c->group;
+    double weight = weight_of(logits[i], highest, error, c->dtype, &slack);
+    sum += weight, slacks += slack;
+    for (int64_t x = 0; x < c->d; x++)
+      o[x] += weight * at(a->values[s], j * c->d + x, c->dtype);
+  }
+  double bound = 2 * slacks / sum + EPS * ((double)keys * 17 / 16 + 20);
+  double unit = c->dtype == ACRE_F32 ? 0.0 : 0x1p-8; /* the last rounding */
   bool right = true;
-  for (int64_t x = 0; x < c->d; x++) right &= fabs(out[x] - o[x] / sum) <= error;
-  free(o);
+  for (int64_t x = 0; x < c->d; x++)
+    right &= fabs(at(out, x, c->dtype) - o[x] / sum) <= bound + unit * fabs(o[x] / sum);
+  free(o), free(logits);
   return right;
 }
 
-static void run_attend(int i, const attend_case *c, const attend_data *a, float *out,
+static void run_attend(int i, const attend_case *c, const attend_data *a, void *out,
                        int64_t first, int64_t rows, bool split) {
   int64_t h = c->kv_heads * c->group, stride = h * c->d;
   acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
@@ -91,31 +112,40 @@ static void run_attend(int i, const attend_case *c, const attend_data *a, float 
                            &heads);
 }
 
+/* n bytes of a pattern that must stay where nothing is written. */
+static char *untouched(int64_t n) {
+  char *x = guarded_alloc((size_t)n);
+  memset(x, 0x7f, (size_t)n);
+  return x;
+}
+
 static void attend_right(const attend_case *c, bool split) {
-  int64_t h = c->kv_heads * c->group, stride = h * c->d + 2, n = c->rows * stride;
+  int64_t size = (int64_t)acre_dtype_size(c->dtype), h = c->kv_heads * c->group;
+  int64_t stride = (h * c->d + 2) * size, n = c->rows * stride;
   attend_data a = make_attention(c);
-  float *first = NULL;
+  char *first = NULL;
   for (int i = 0; i < backend_count; i++) {
-    float *out = nans(n);
+    char *out = untouched(n);
     run_attend(i, c, &a, out, 0, c->rows, split);
     if (!first) {
       bool right = true;
       for (int64_t r = 0; r < c->rows; r++)
         for (int64_t head = 0; head < h; head++)
-          right &= head_right(c, &a, r, head, out + r * stride + head * c->d);
+          right &= head_right(c, &a, r, head, out + r * stride + head * c->d * size);
       CHECK(right);
       if (!right)
         fprintf(stderr, "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d\n",
                 (int)c->d, (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->seen,
                 (int)c->rows, c->dtype == ACRE_BF16, c->bias);
     }
-    CHECK(!first || same(first, out, n * 4));
+    CHECK(!first || same(first, out, n));
     for (int64_t r = 0; r < c->rows; r++)
-      CHECK(acre_bits(out[r * stride + stride - 1]) == 0x7fc0dead);
+      CHECK(out[r * stride + stride - 1] == 0x7f &&
+            out[(r + 1) * stride - 2 * size] == 0x7f);
     for (int64_t some = 1; some <= c->rows - 2; some += acre_max(c->rows - 3, 1)) {
-      float *alone = nans(n); /* rows 1.. without the others: the same bits */
+      char *alone = untouched(n); /* rows 1.. without the others: the same bits */
       run_attend(i, c, &a, alone, 1, some, false);
-      CHECK(same(alone, out + stride, some * stride * 4));
+      CHECK(same(alone, out + stride, some * stride));
       guarded_free(alone);
     }
     if (first)

@@ -13,7 +13,7 @@
 #define CANARY 32   /* floats after an output that must stay as they were */
 #define POISON 0x7fc0dead
 
-static acre_kernels tables[3];
+static acre_kernels tables[4];
 static int table_count;
 static uint64_t seed;
 
@@ -41,49 +41,99 @@ static bool same(const void *a, const void *b, int64_t n) {
   return memcmp(a, b, (size_t)n * sizeof(float)) == 0;
 }
 
+/* ---------------------------------------------------------------- numbers of T */
+
+static void *typed(const float *x, int64_t n, acre_dtype dtype) {
+  size_t size = acre_dtype_size(dtype);
+  void *y = guarded_alloc((size_t)n * size);
+  tables[0].of[dtype].store(y, x, n);
+  return y;
+}
+
+static float value(const void *x, int64_t i, acre_dtype dtype) {
+  return dtype == ACRE_F32 ? ((const float *)x)[i]
+                           : acre_from_bf16(((const uint16_t *)x)[i]);
+}
+
+/* Operands, as this table keeps them: room for n, and the i-th. */
+static void *operands(const acre_typed *T, int64_t n) {
+  uint8_t *a = guarded_alloc((size_t)(n * T->operand));
+  memset(a, 0x7f, (size_t)(n * T->operand));
+  return a;
+}
+
+static float operand(const acre_typed *T, const void *a, int64_t i) {
+  return value(a, i, T->operand == 2 ? ACRE_BF16 : ACRE_F32);
+}
+
+/* b[x][j] of a panel of operands. */
+static float in_panel(const acre_typed *T, const void *panel, int64_t x, int64_t j) {
+  int64_t pairs = x / 2 * (2 * ACRE_PANEL) + 2 * j + x % 2;
+  return operand(T, panel, T->operand == 2 ? pairs : x * ACRE_PANEL + j);
+}
+
 /* ---------------------------------------------------------------- tiles */
 
 typedef struct tile_case {
   int64_t rows, panels, k;
-  bool add, bf16;
+  bool add;
+  acre_dtype dtype;
 } tile_case;
 
-static uint16_t *pack_bf16(const float *b, int64_t panels, int64_t k) {
-  int64_t size = acre_round_up(k, 2) * ACRE_PANEL;
-  uint16_t *packed = guarded_alloc((size_t)(panels * size) * sizeof *packed);
-  for (int64_t p = 0; p < panels; p++)
-    for (int64_t x = 0; x < k; x++)
-      for (int64_t j = 0; j < ACRE_PANEL; j++)
-        packed[p * size + x / 2 * 32 + j * 2 + x % 2] =
-            acre_to_bf16(b[(p * k + x) * ACRE_PANEL + j]);
+/* b [panels][k][16] of T in packed panels. */
+static void *pack(const tile_case *c, const void *b) {
+  const acre_typed *T = &tables[0].of[c->dtype];
+  int64_t size = acre_ceil_div(c->k, T->pack_k) * T->pack_bytes;
+  char *packed = guarded_alloc((size_t)(c->panels * size));
+  memset(packed, 0, (size_t)(c->panels * size));
+  for (int64_t p = 0; p < c->panels; p++)
+    for (int64_t x = 0; x < c->k; x++)
+      for (int64_t j = 0; j < ACRE_PANEL; j++) {
+        int64_t from = (p * c->k + x) * ACRE_PANEL + j;
+        if (c->dtype == ACRE_F32)
+          ((float *)(void *)(packed + p * size))[x * ACRE_PANEL + j] =
+              ((const float *)b)[from];
+        else
+          ((uint16_t *)(void *)(packed + p * size))[x / 2 * 32 + j * 2 + x % 2] =
+              ((const uint16_t *)b)[from];
+      }
   return packed;
 }
 
-/* In calls of the table's own height. */
-static void run_tile(const acre_kernels *t, const tile_case *c, float *y, const float *a,
-                     const float *b, const uint16_t *packed) {
-  int64_t stride = c->panels * ACRE_PANEL;
-  for (int64_t i = 0; i < c->rows; i += t->tile_rows) {
-    int64_t rows = acre_min(t->tile_rows, c->rows - i);
-    if (c->bf16)
-      t->tile_bf16(y + i * stride, stride, a + i * (c->k + 3), c->k + 3, packed,
-                   acre_round_up(c->k, 2) * ACRE_PANEL, rows, c->panels, c->k, c->add);
+/* In calls of the table's own height; with `thin` from packed panels, else unpacked. */
+static void run_tile(const acre_typed *T, const tile_case *c, float *y, const void *a,
+                     const void *packed, bool thin) {
+  int64_t stride = c->panels * ACRE_PANEL, a_stride = acre_round_up(c->k, 2) + 2;
+  int64_t size = acre_ceil_div(c->k, T->pack_k) * T->pack_bytes, b_stride;
+  void *a_x = operands(T, c->rows * a_stride);
+  void *wide = operands(T, c->panels * acre_round_up(c->k, 2) * ACRE_PANEL);
+  for (int64_t i = 0; i < c->rows; i++)
+    T->load((char *)a_x + i * a_stride * T->operand,
+            (const char *)a + (size_t)(i * c->k) * acre_dtype_size(c->dtype), c->k);
+  const void *b = T->unpack(wide, &b_stride, packed, size, c->panels, c->k);
+  for (int64_t i = 0; i < c->rows; i += T->tile_rows) {
+    int64_t rows = acre_min(T->tile_rows, c->rows - i);
+    const char *a_i = (const char *)a_x + i * a_stride * T->operand;
+    if (thin)
+      T->thin(y + i * stride, stride, a_i, a_stride, packed, size, rows, c->panels, c->k,
+              c->add);
     else
-      t->tile(y + i * stride, stride, a + i * (c->k + 3), c->k + 3, b, ACRE_PANEL,
-              c->k * ACRE_PANEL, rows, c->panels, c->k, c->add);
+      T->tile(y + i * stride, stride, a_i, a_stride, b, b_stride, rows, c->panels, c->k,
+              c->add);
   }
+  guarded_free(a_x), guarded_free(wide);
 }
 
 static bool tile_within_bound(const tile_case *c, const float *y, const float *old,
-                              const float *a, const float *b) {
+                              const void *a, const void *b) {
   for (int64_t i = 0; i < c->rows; i++) {
     for (int64_t j = 0; j < c->panels * ACRE_PANEL; j++) {
       int64_t at = i * c->panels * ACRE_PANEL + j;
       double sum = c->add ? old[at] : 0.0, size = fabs(sum);
       for (int64_t x = 0; x < c->k; x++) {
-        float w = b[(j / ACRE_PANEL * c->k + x) * ACRE_PANEL + j % ACRE_PANEL];
-        if (c->bf16) w = acre_from_bf16(acre_to_bf16(w));
-        double product = (double)a[i * (c->k + 3) + x] * w;
+        double product =
+            (double)value(a, i * c->k + x, c->dtype) *
+            value(b, (j / ACRE_PANEL * c->k + x) * ACRE_PANEL + j % ACRE_PANEL, c->dtype);
         sum += product;
         size += fabs(product);
       }
@@ -95,14 +145,16 @@ static bool tile_within_bound(const tile_case *c, const float *y, const float *o
 
 static void test_tile(const tile_case *c) {
   int64_t n = c->rows * c->panels * ACRE_PANEL;
-  float *a = random_floats(c->rows * (c->k + 3));
-  float *b = random_floats(c->panels * c->k * ACRE_PANEL);
+  float *a_x = random_floats(c->rows * c->k);
+  float *b_x = random_floats(c->panels * c->k * ACRE_PANEL);
+  void *a = typed(a_x, c->rows * c->k, c->dtype);
+  void *b = typed(b_x, c->panels * c->k * ACRE_PANEL, c->dtype);
+  void *packed = pack(c, b);
   float *old = random_floats(n), *first = NULL;
-  uint16_t *packed = pack_bf16(b, c->panels, c->k);
-  for (int i = 0; i < table_count; i++) {
+  for (int i = 0; i < 2 * table_count; i++) {
     float *y = poisoned(n);
     if (c->add) memcpy(y, old, (size_t)n * sizeof(float));
-    run_tile(&tables[i], c, y, a, b, packed);
+    run_tile(&tables[i / 2].of[c->dtype], c, y, a, packed, i % 2);
     CHECK(unharmed(y, n));
     if (first) {
       CHECK(same(first, y, n));
@@ -112,8 +164,8 @@ static void test_tile(const tile_case *c) {
       first = y;
     }
   }
-  guarded_free(a), guarded_free(b), guarded_free(old), guarded_free(packed),
-      guarded_free(first);
+  guarded_free(a_x), guarded_free(b_x), guarded_free(a), guarded_free(b);
+  guarded_free(packed), guarded_free(old), guarded_free(first);
 }
 
 static void test_tiles(void) {
@@ -122,74 +174,132 @@ static void test_tiles(void) {
     for (int64_t panels = 1; panels <= 9; panels += panels < 5 ? 1 : 2)
       for (int64_t d = 0; d < ACRE_COUNT(depths); d++)
         for (int kind = 0; kind < 4; kind++)
-          test_tile(&(tile_case){rows, panels, depths[d], kind & 1, kind >> 1});
+          test_tile(&(tile_case){rows, panels, depths[d], kind & 1,
+                                 kind >> 1 ? ACRE_BF16 : ACRE_F32});
+}
+
+/* What a row does not see may be anything, also in the other half of its last pair. */
+static void test_tile_end(void) {
+  for (int i = 0; i < table_count; i++) {
+    const acre_typed *T = &tables[i].of[ACRE_BF16];
+    float values[4] = {1.0f, 2.0f, 3.0f, NAN}, p[ACRE_KEY_TILE] = {1.0f, 1.0f, 1.0f};
+    uint16_t rows[4 * 16], *a = operands(T, 4);
+    for (int j = 0; j < 64; j++) rows[j] = acre_to_bf16(values[j / 16]);
+    void *b = operands(T, ACRE_KEY_TILE * ACRE_PANEL);
+    T->round(a, p, 3);
+    T->values(b, rows, 16, 4, 16);
+    float c[16];
+    T->tile(c, 16, a, 4, b, ACRE_KEY_TILE * ACRE_PANEL, 1, 1, 3, false);
+    for (int j = 0; j < 16; j++) CHECK(c[j] == 6.0f);
+    guarded_free(a), guarded_free(b);
+  }
+}
+
+/* ---------------------------------------------------------------- layouts */
+
+/* Operands of rows, and of keys and values in panels: exact, and zero where nothing
+ * belongs. */
+static void test_layout(const acre_typed *T, acre_dtype dtype, int64_t rows, int64_t d) {
+  int64_t stride = d + 6, padded = acre_round_up(d, ACRE_PANEL);
+  float *x = random_floats(rows * stride);
+  void *from = typed(x, (rows - 1) * stride + d, dtype);
+  void *keys = operands(T, acre_round_up(rows, ACRE_PANEL) * d);
+  void *values = operands(T, padded * ACRE_KEY_TILE);
+  void *row = operands(T, acre_round_up(d, 2)), *rounded = operands(T, acre_round_up(d, 2));
+  T->keys(keys, from, stride, rows, d);
+  T->values(values, from, stride, rows, d);
+  T->load(row, from, d);
+  T->round(rounded, x, d);
+  bool right = true;
+  for (int64_t j = 0; j < acre_round_up(rows, ACRE_PANEL); j++)
+    for (int64_t c = 0; c < d; c++) {
+      const char *panel = (const char *)keys + j / ACRE_PANEL * d * ACRE_PANEL * T->operand;
+      float wanted = j < rows ? value(from, j * stride + c, dtype) : 0.0f;
+      right &= in_panel(T, panel, c, j % ACRE_PANEL) == wanted;
+    }
+  CHECK(right);
+  for (int64_t j = 0; j < rows; j++)
+    for (int64_t c = 0; c < padded; c++) {
+      int64_t at = c / ACRE_PANEL * ACRE_KEY_TILE * ACRE_PANEL * T->operand;
+      float wanted = c < d ? value(from, j * stride + c, dtype) : 0.0f;
+      right &= in_panel(T, (const char *)values + at, j, c % ACRE_PANEL) == wanted;
+    }
+  CHECK(right);
+  for (int64_t c = 0; c < d; c++) {
+    right &= operand(T, row, c) == value(from, c, dtype);
+    right &= operand(T, rounded, c) == value(from, c, dtype);
+  }
+  CHECK(right);
+  guarded_free(x), guarded_free(from), guarded_free(keys), guarded_free(values);
+  guarded_free(row), guarded_free(rounded);
+}
+
+static void test_layouts(void) {
+  static const int64_t rows[] = {1, 2, 15, 16, 17, 33, 64},
+                       dims[] = {2, 16, 30, 64, 80, 90};
+  for (int i = 0; i < 2 * table_count; i++)
+    for (int64_t r = 0; r < ACRE_COUNT(rows); r++)
+      for (int64_t d = 0; d < ACRE_COUNT(dims); d++)
+        test_layout(&tables[i / 2].of[i % 2], (acre_dtype)(i % 2), rows[r], dims[d]);
 }
 
 /* ---------------------------------------------------------------- vectors */
 
-/* Every other kernel, called on rows of n elements (dots: n keys). */
+/* Kernels on rows of n numbers. */
 static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
                         float *const x[4]) {
+  const acre_typed *f32 = &t->of[ACRE_F32], *bf16 = &t->of[ACRE_BF16];
   switch (which) {
-    case 0: t->round(y, x[0], n); break;
-    case 1: t->widen(y, (const uint16_t *)x[0], n); break;
-    case 2: t->narrow((uint16_t *)y, x[0], n); break;
+    case 0: bf16->store(y, x[0], n); break;
+    case 1: bf16->widen(y, x[0], n); break;
+    case 2: f32->store(y, x[0], n); break;
     case 3: t->add(y, x[0], x[1], n); break;
     case 4: memcpy(y, x[0], (size_t)n * 4), t->scale(y, 0.3f, n); break;
-    case 5: t->dots(y, x[0], x[1], 83, n, 80); break;
-    case 6: memcpy(y, x[0], (size_t)n * 4), t->add_exp(y, x[1], n, 3.0f, 1.5f, 0.7f); break;
-    case 7: t->rmsnorm(y, x[0], x[1], 1e-5, n); break;
+    case 5: memcpy(y, x[0], (size_t)n * 4), t->add_scaled(y, x[1], 0.3f, n); break;
+    case 6: memcpy(y, x[0], (size_t)n * 4), t->add_exp2(y, x[1], n, 3.0f, 4, 0.7f); break;
+    case 7: f32->rmsnorm(y, x[0], x[1], 1e-5, n); break;
     case 8: t->swiglu(y, x[2], x[1], n); break;
-    case 9: t->expand(y, (const uint16_t *)x[3], n); break;
-    case 10: t->transpose(y, x[1], 83, acre_min(n, 16), n); break;
-    case 11: t->rope(y, x[0], x[1], x[3], n); break;
+    case 9: t->rope(y, x[0], x[1], x[3], n); break;
+    case 10: bf16->rmsnorm(y, x[0], x[1], 1e-5, n); break;
   }
 }
 
 static int64_t written(int which, int64_t n) {
-  if (which == 9 || which == 10) return n * ACRE_PANEL;
-  if (which == 11) return 2 * n;
-  return which == 2 ? acre_ceil_div(n, 2) : n;
+  if (which == 9) return 2 * n;
+  return which == 0 || which == 10 ? acre_ceil_div(n, 2) : n;
 }
 
 /* Reference of output element i in float64, with the size that its error is relative to
  * and the number of roundings; false for kernels that only move values. */
-static bool reference(int which, int64_t n, int64_t i, float *const x[4], double *value,
+static bool reference(int which, int64_t n, int64_t i, float *const x[4], double *result,
                       double *error) {
-  if (which == 9 || which == 10) return false;
-  double a = x[0][i], b = x[1][i], sum = 0.0, size = 0.0;
+  double a = x[0][i], b = x[1][i], sum = 0.0;
   switch (which) {
-    case 3: *value = a + b, *error = EPS * fabs(*value); return true;
-    case 4: *value = a * 0.3f, *error = EPS * fabs(*value); return true;
-    case 5:
-      for (int c = 0; c < 80; c++) {
-        sum += (double)x[0][c] * x[1][i * 83 + c];
-        size += fabs((double)x[0][c] * x[1][i * 83 + c]);
-      }
-      *value = sum, *error = 10 * EPS * size;
-      return true;
+    case 3: *result = a + b, *error = EPS * fabs(*result); return true;
+    case 4: *result = a * 0.3f, *error = EPS * fabs(*result); return true;
+    case 5: *result = a + b * 0.3f, *error = EPS * fabs(*result); return true;
     case 6:
-      sum = exp((double)x[1][i] * 3.0f - 1.5f) * 0.7f; /* exponent: error 4.5 EPS */
-      *value = a + sum, *error = EPS * (8 * sum + fabs(*value));
+      sum = exp2((double)x[1][i] * 3.0f - 4) * 0.7f; /* exponent: error 3 EPS ln 2 */
+      *result = a + sum, *error = EPS * (6 * sum + fabs(*result));
       return true;
     case 7:
       for (int64_t c = 0; c < n; c++) sum += (double)x[0][c] * x[0][c];
-      *value = a / sqrt(sum / (double)n + 1e-5) * b;
-      *error = EPS * (4 + (double)n / 16 + 4) * fabs(*value);
+      *result = a / sqrt(sum / (double)n + 1e-5) * b;
+      *error = EPS * (4 + (double)n / 16 + 4) * fabs(*result);
       return true;
     case 8:
       a = x[2][i];
-      *value = a / (1.0 + exp(-a)) * b;
-      *error = 8 * EPS * fabs(*value) + 1e-35; /* exp(88) stands for all above */
+      *result = a / (1.0 + exp(-a)) * b;
+      *error = 8 * EPS * fabs(*result) + 1e-35; /* exp(88) stands for all above */
       return true;
-    case 11:
+    case 9:
       if (i < n) {
         b = x[0][n + i];
-        *value = a * x[1][i] - b * x[3][i];
+        *result = a * x[1][i] - b * x[3][i];
         *error = 2 * EPS * (fabs(a * x[1][i]) + fabs(b * x[3][i]));
       } else {
         b = x[0][i - n];
-        *value = a * x[1][i - n] + b * x[3][i - n];
+        *result = a * x[1][i - n] + b * x[3][i - n];
         *error = 2 * EPS * (fabs(a * x[1][i - n]) + fabs(b * x[3][i - n]));
       }
       return true;
@@ -198,19 +308,30 @@ static bool reference(int which, int64_t n, int64_t i, float *const x[4], double
 }
 
 static bool within_bound(int which, int64_t n, const float *y, float *const x[4]) {
-  double value, error;
+  double result, error;
   for (int64_t i = 0; i < written(which, n); i++)
-    if (reference(which, n, i, x, &value, &error) && !(fabs(y[i] - value) <= error))
+    if (reference(which, n, i, x, &result, &error) && !(fabs(y[i] - result) <= error))
       return false;
   return true;
 }
 
+/* The normed row in bf16 is the float32 one, rounded. */
+static void test_norm_rounds(int64_t n, float *const x[4]) {
+  float wide[83];
+  uint16_t narrow[83], wanted[83];
+  tables[0].of[ACRE_F32].rmsnorm(wide, x[0], x[1], 1e-5, n);
+  tables[0].of[ACRE_BF16].rmsnorm(narrow, x[0], x[1], 1e-5, n);
+  tables[0].of[ACRE_BF16].store(wanted, wide, n);
+  CHECK(memcmp(narrow, wanted, (size_t)n * 2) == 0);
+}
+
 static void test_vectors(void) {
   for (int64_t n = 1; n <= 83; n += n < 20 ? 1 : 7) {
-    float *x[4] = {random_floats(2 * 83), random_floats(83 * 83), random_floats(83),
-                   random_floats(83 * 16)};
+    float *x[4] = {random_floats(2 * 83), random_floats(2 * 83), random_floats(83),
+                   random_floats(83)};
     for (int i = 0; i < 83; i++) x[2][i] *= 100.0f;
-    for (int which = 0; which <= 11; which++) {
+    test_norm_rounds(n, x);
+    for (int which = 0; which <= 10; which++) {
       int64_t size = written(which, n);
       float *first = poisoned(size);
       call_kernel(&tables[0], which, first, n, x);
@@ -233,52 +354,59 @@ static void test_vectors(void) {
 /* ---------------------------------------------------------------- softmax */
 
 typedef struct softmax_state {
-  float s[2][ACRE_KEY_TILE], max, sum, factor[2];
+  float p[2][ACRE_KEY_TILE], origin, sum, factor[2];
 } softmax_state;
 
 /* Two tiles one after the other: 64 keys, then n. */
-static void run_softmax(const acre_kernels *t, softmax_state *state, const float *logits,
+static void run_softmax(const acre_typed *T, softmax_state *state, const float *logits,
                         const float *bias, int64_t n, float scale) {
-  *state = (softmax_state){.max = -INFINITY};
+  *state = (softmax_state){.origin = -INFINITY};
   for (int i = 0; i < 2; i++) {
-    memcpy(state->s[i], logits + i * ACRE_KEY_TILE, sizeof state->s[i]);
-    t->softmax(state->s[i], bias ? bias + i * ACRE_KEY_TILE : NULL, 1,
-               i ? n : ACRE_KEY_TILE, scale, &state->max, &state->sum, &state->factor[i]);
+    float *s = random_floats(ACRE_KEY_TILE);
+    memcpy(s, logits + i * ACRE_KEY_TILE, sizeof state->p[i]);
+    T->softmax(s, bias ? bias + i * ACRE_KEY_TILE : NULL, 1, i ? n : ACRE_KEY_TILE, scale,
+               &state->origin, &state->sum, &state->factor[i]);
+    for (int j = 0; j < ACRE_KEY_TILE; j++) state->p[i][j] = operand(T, s, j);
+    guarded_free(s);
   }
 }
 
+/* Half a step of bf16 more where the weights are rounded. */
 static bool softmax_right(const softmax_state *state, const float *logits,
-                          const float *bias, int64_t n, float scale) {
-  double l[2 * ACRE_KEY_TILE], max = -INFINITY, sum = 0.0, bound = 1e-30;
+                          const float *bias, int64_t n, float scale, acre_dtype dtype) {
+  double x[2 * ACRE_KEY_TILE], max = -INFINITY, sum = 0.0, added = 0.0;
+  double half = dtype == ACRE_BF16 ? 0x1p-8 : 0.0;
   int64_t count = ACRE_KEY_TILE + n;
   for (int64_t j = 0; j < count; j++) {
-    l[j] = (double)logits[j] * scale + (bias ? bias[j] : 0.0);
-    max = l[j] > max ? l[j] : max;
+    x[j] = (double)logits[j] * scale + (bias ? bias[j] * 1.4426950408889634 : 0.0);
+    max = x[j] > max ? x[j] : max;
   }
-  for (int64_t j = 0; j < count; j++) sum += exp(l[j] - max);
+  double origin = ceil(max - 1e-4); /* a maximum close to a whole number: either */
+  if (state->origin != origin && state->origin != ceil(max + 1e-4)) return false;
   for (int64_t j = 0; j < count; j++) {
-    double p = state->s[j / ACRE_KEY_TILE][j % ACRE_KEY_TILE];
+    double p = state->p[j / ACRE_KEY_TILE][j % ACRE_KEY_TILE];
     if (j < ACRE_KEY_TILE) p *= state->factor[1];
-    double exact = exp(l[j] - max), error = EPS * (8 + 4 * fabs(l[j]) + fabs(max)) * 2;
-    if (!(fabs(p - exact) <= error * exact + bound)) return false;
+    double exact = exp2(x[j] - state->origin), error = EPS * (4 + 4 * fabs(x[j])) + half;
+    if (!(fabs(p - exact) <= error * exact + 1e-37)) return false;
+    sum += p, added += p;
   }
   for (int64_t j = n; j < ACRE_KEY_TILE; j++)
-    if (state->s[1][j] != 0.0f) return false;
-  return fabs(state->sum - sum) <= 1e-5 * sum;
+    if (state->p[1][j] != 0.0f) return false;
+  return fabs(state->sum - sum) <= 1e-6 * sum;
 }
 
-static void test_softmax(void) {
+static void test_softmax(acre_dtype dtype) {
   for (int64_t n = 1; n <= ACRE_KEY_TILE; n++) {
     for (int kind = 0; kind < 4; kind++) {
       float *logits = random_floats(2 * ACRE_KEY_TILE);
       float *bias = random_floats(2 * ACRE_KEY_TILE);
       const float *given = kind & 1 ? bias : NULL;
-      float scale = kind & 2 ? 60.0f : 0.5f;
+      float scale = kind & 2 ? 90.0f : 0.7f;
       softmax_state first, other;
-      run_softmax(&tables[0], &first, logits, given, n, scale);
-      CHECK(softmax_right(&first, logits, given, n, scale));
+      run_softmax(&tables[0].of[dtype], &first, logits, given, n, scale);
+      CHECK(softmax_right(&first, logits, given, n, scale, dtype));
       for (int i = 1; i < table_count; i++) {
-        run_softmax(&tables[i], &other, logits, given, n, scale);
+        run_softmax(&tables[i].of[dtype], &other, logits, given, n, scale);
         CHECK(memcmp(&first, &other, sizeof first) == 0);
       }
       guarded_free(logits), guarded_free(bias);
@@ -288,17 +416,22 @@ static void test_softmax(void) {
 
 /* Nothing seen stays nothing, whatever the rubbish beyond n. */
 static void test_softmax_edges(void) {
-  for (int i = 0; i < table_count; i++) {
-    float s[ACRE_KEY_TILE], max = -INFINITY, sum = 0.0f, factor;
+  for (int i = 0; i < 2 * table_count; i++) {
+    const acre_typed *T = &tables[i / 2].of[i % 2];
+    float s[ACRE_KEY_TILE], origin = -INFINITY, sum = 0.0f, factor;
     for (int j = 0; j < ACRE_KEY_TILE; j++) s[j] = j < 5 ? -INFINITY : NAN;
-    tables[i].softmax(s, NULL, 1, 5, 1.0f, &max, &sum, &factor);
-    CHECK(max == -INFINITY && sum == 0.0f && factor == 0.0f && s[0] == 0.0f &&
-          s[9] == 0.0f);
+    T->softmax(s, NULL, 1, 5, 1.0f, &origin, &sum, &factor);
+    CHECK(origin == -INFINITY && sum == 0.0f && factor == 0.0f &&
+          operand(T, s, 0) == 0.0f && operand(T, s, 9) == 0.0f);
     s[0] = 2.0f, s[1] = NAN;
-    tables[i].softmax(s, NULL, 1, 1, 1.0f, &max, &sum, &factor);
-    CHECK(max == 2.0f && sum == 1.0f && s[0] == 1.0f && s[1] == 0.0f);
+    T->softmax(s, NULL, 1, 1, 1.0f, &origin, &sum, &factor);
+    CHECK(origin == 2.0f && sum == 1.0f && factor == 0.0f && operand(T, s, 0) == 1.0f &&
+          operand(T, s, 1) == 0.0f);
+    s[0] = 5.5f, s[1] = NAN;
+    T->softmax(s, NULL, 1, 1, 1.0f, &origin, &sum, &factor);
+    CHECK(origin == 6.0f && factor == 0x1p-4f);
     s[0] = 1.0f, s[1] = NAN;
-    tables[i].softmax(s, NULL, 1, 2, 1.0f, &max, &sum, &factor);
+    T->softmax(s, NULL, 1, 2, 1.0f, &origin, &sum, &factor);
     CHECK(isnan(sum));
   }
 }
@@ -319,6 +452,23 @@ static void test_exp(void) {
   CHECK(worst < 1.1);
   CHECK(acre_exp(0.0f) == 1.0f && acre_exp(-INFINITY) == 0.0f && acre_exp(-87.4f) == 0.0f);
   CHECK(acre_exp(INFINITY) == acre_exp(88.0f) && isnan(acre_exp(NAN)));
+}
+
+static void test_exp2(void) {
+  double worst = 0.0;
+  for (int64_t i = 0; i <= 2000000; i++) {
+    float x = -125.4f + (float)i * (140.0f / 2000000.0f);
+    double exact = exp2((double)x - 15),
+           error = fabs(acre_exp2(x, 15) - exact) / ulp(exact);
+    if (rintf(x) - 15 >= -125) worst = error > worst ? error : worst;
+  }
+  printf("exp2: worst error %.3f ulp\n", worst);
+  CHECK(worst < 0.8);
+  CHECK(acre_exp2(3.0f, 3.0f) == 1.0f && acre_exp2(-INFINITY, 0.0f) == 0.0f);
+  CHECK(acre_exp2(-126.0f, 0.0f) == 0.0f && acre_exp2(0.25f, 200.0f) == 0.0f);
+  CHECK(isnan(acre_exp2(NAN, 0.0f)));
+  for (int e = 0; e < 100; e++) /* the fraction does not depend on the origin */
+    CHECK(acre_exp2(0.3f, (float)(e + 1)) == ldexpf(acre_exp2(0.3f, 1), -e));
 }
 
 /* Every bf16, and the values around and between two of them. */
@@ -344,14 +494,14 @@ static void test_bf16(void) {
                        -INFINITY,
                        0x1.fffffep127f,
                        -0.0f,
-                       1e-45f,
+                       0x1p-126f,
                        acre_from_bits(0x7f800001),
                        acre_from_bits(0xffffffff),
                        1.0f};
   for (int i = 1; i < table_count; i++) {
     uint16_t a[16], b[16];
-    tables[0].narrow(a, special, 16);
-    tables[i].narrow(b, special, 16);
+    tables[0].of[ACRE_BF16].store(a, special, 16);
+    tables[i].of[ACRE_BF16].store(b, special, 16);
     CHECK(memcmp(a, b, sizeof a) == 0);
   }
 }
@@ -359,8 +509,9 @@ static void test_bf16(void) {
 int main(int argc, char **argv) {
   uint64_t first_seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 20250712;
   seed = first_seed;
-  static const uint32_t rungs[] = {0, ACRE_CPU_AVX2, ACRE_CPU_AVX2 | ACRE_CPU_AVX512};
-  for (int i = 0; i < 3; i++)
+  static const uint32_t rungs[] = {0, ACRE_CPU_AVX2, ACRE_CPU_AVX2 | ACRE_CPU_AVX512,
+                                   ACRE_CPU_AVX2 | ACRE_CPU_AVX512 | ACRE_CPU_BF16};
+  for (int i = 0; i < 4; i++)
     if ((acre_cpu_features() & rungs[i]) == rungs[i])
       tables[table_count++] = acre_cpu_kernels(rungs[i]);
   printf("seed %llu, tables:", (unsigned long long)first_seed);
@@ -368,9 +519,13 @@ int main(int argc, char **argv) {
   printf("\n");
   test_bf16();
   test_exp();
+  test_exp2();
   test_tiles();
+  test_tile_end();
+  test_layouts();
   test_vectors();
-  test_softmax();
+  test_softmax(ACRE_F32);
+  test_softmax(ACRE_BF16);
   test_softmax_edges();
   return check_report();
 }
