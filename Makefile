@@ -73,7 +73,7 @@ $(BUILD)/libacre.a: $(OBJECTS)
 $(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
-$(BUILD)/bench_kernels: benchmarks/bench_kernels.c $(BUILD)/libacre.a
+$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
 ctest: $(CTESTS:%=$(BUILD)/%) ## the C library alone and its tests

@@ -9,53 +9,12 @@
  * bench_kernels [isa] */
 #include "backend.h"
 #include "cpu/kernels.h"
-#include "platform.h"
-#include "pool.h"
+#include "peaks.h"
 
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
-
-#define REPEATS 12
-#define SECONDS \
-  0.01 /* least time of a repeat: short, to fall between other programs' work */
 
 /* Of the threads and numbers in use: the most seen so far. */
 static double peaks[2], *peak_gflops = peaks, peak_gbytes;
-
-/* One thread is timed by its own processor time, which neighbours disturb less. */
-static bool alone;
-
-static double now(void) {
-  struct timespec t;
-  if (!alone) return acre_clock();
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-typedef struct timed {
-  void (*run)(void *context);
-  void *context;
-} timed;
-
-/* Seconds of one run: the best of several repeats, each long enough to be measured. */
-static double best_time(timed what) {
-  double best = INFINITY;
-  what.run(what.context);
-  for (int i = 0; i < REPEATS; i++) {
-    double start = now(), end = start;
-    int64_t runs = 0;
-    do {
-      what.run(what.context);
-      runs++;
-      end = now();
-    } while (end - start < SECONDS);
-    double each = (end - start) / (double)runs;
-    best = each < best ? each : best;
-  }
-  return best;
-}
 
 static void measure_peak(void);
 static void use_peak_of(acre_dtype dtype);
@@ -86,95 +45,6 @@ static float *floats(int64_t n) {
 
 /* ---------------------------------------------------------------- ceilings */
 
-/* Fourteen independent chains of multiply-adds and no memory, by the widest instruction
- * that the table uses for numbers of a type. */
-#define STEPS 20000
-
-#if defined(__x86_64__)
-#define FOURTEEN(x) \
-  x(0) x(1) x(2) x(3) x(4) x(5) x(6) x(7) x(8) x(9) x(10) x(11) x(12) x(13)
-#define CHAINS 14
-#define CLEAR(i) "vxorps %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n\t"
-#define FMA_256(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n\t"
-#define FMA_512(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n\t"
-#define PAIRS(i) "vdpbf16ps %%zmm14, %%zmm15, %%zmm" #i "\n\t"
-#define BURN(name, isa, instruction)                                                    \
-  __attribute__((target(isa))) static void name(void *context, int64_t index,           \
-                                                int32_t worker) {                       \
-    (void)context, (void)index, (void)worker;                                           \
-    int64_t n = STEPS;                                                                  \
-    __asm__ volatile(                                                                   \
-        FOURTEEN(CLEAR) CLEAR(14)                                                       \
-            CLEAR(15) "1:\n\t" FOURTEEN(instruction) "dec %0\n\tjnz 1b\n\tvzeroupper"   \
-        : "+r"(n)                                                                       \
-        :                                                                               \
-        : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", \
-          "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                \
-  }
-BURN(burn_256, "avx2,fma", FMA_256)
-BURN(burn_512, "avx512f", FMA_512)
-BURN(burn_pairs, "avx512f,avx512bf16", PAIRS)
-#else
-#define CHAINS 1
-static void burn(void *context, int64_t index, int32_t worker) {
-  (void)worker;
-  volatile float result;
-  float x = (float)index;
-  for (int64_t n = 0; n < STEPS; n++) x = fmaf(x, 0.5f, 1.0f);
-  result = x;
-  (void)context, (void)result;
-}
-#endif
-
-/* The loop that a table's products of this type are measured by, and its operations. */
-static acre_task burn_of(const char *isa, acre_dtype dtype, double *flops) {
-  double lanes = strncmp(isa, "avx512", 6) == 0 ? 16 : strcmp(isa, "avx2") == 0 ? 8 : 1;
-  bool pairs = dtype == ACRE_BF16 && strcmp(isa, "avx512_bf16") == 0;
-  *flops = (double)STEPS * CHAINS * lanes * (pairs ? 4 : 2);
-#if defined(__x86_64__)
-  if (lanes == 1) *flops *= 8; /* scalar: measured by what the processor could do */
-  return pairs ? burn_pairs : lanes == 16 ? burn_512 : burn_256;
-#else
-  return burn;
-#endif
-}
-
-typedef struct loop {
-  acre_pool *pool;
-  acre_task task;
-  void *context;
-  int64_t count;
-} loop;
-
-static void run_loop(void *context) {
-  const loop *l = context;
-  acre_pool_run(l->pool, l->task, l->context, l->count);
-}
-
-#define READ_BYTES ((int64_t)512 << 20)
-#define READ_TASKS 64
-
-typedef struct read_job {
-  const uint64_t *data;
-  uint64_t sums[READ_TASKS];
-} read_job;
-
-static void read_task(void *context, int64_t index, int32_t worker) {
-  (void)worker;
-  read_job *job = context;
-  int64_t words = READ_BYTES / 8 / READ_TASKS / 4; /* four streams, as the kernels read */
-  const uint64_t *x = job->data + index * words * 4;
-  uint64_t sum[4] = {0};
-  for (int64_t i = 0; i < words; i += 8)
-    for (int s = 0; s < 4; s++) {
-      const uint64_t *line = x + s * words + i;
-      __builtin_prefetch(line + 96);
-      for (int j = 0; j < 8; j++) sum[s] ^= line[j];
-    }
-  for (int s = 1; s < 4; s++) sum[0] ^= sum[s];
-  job->sums[index] = sum[0];
-}
-
 static void nothing(void *context, int64_t index, int32_t worker) {
   (void)context, (void)index, (void)worker;
 }
@@ -189,19 +59,12 @@ static void use_peak_of(acre_dtype dtype) {
 }
 
 static void measure_peak(void) {
-  double flops;
-  int64_t count = acre_pool_threads(ceiling_pool);
-  acre_task burn = burn_of(ceiling_isa, ceiling_dtype, &flops);
-  loop burning = {ceiling_pool, burn, NULL, count};
-  double gflops = (double)count * flops / best_time((timed){run_loop, &burning}) * 1e-9;
-  if (gflops > *peak_gflops) *peak_gflops = gflops;
+  double flops = measure_flops(ceiling_pool, ceiling_isa, ceiling_dtype) * 1e-9;
+  if (flops > *peak_gflops) *peak_gflops = flops;
 }
 
-static void measure_ceilings(int32_t threads, const uint64_t *data) {
-  static read_job job;
-  job.data = data;
+static void measure_ceilings(int32_t threads) {
   if (acre_pool_open(&ceiling_pool, threads, NULL) != ACRE_OK) exit(1);
-  loop reading = {ceiling_pool, read_task, &job, READ_TASKS};
   loop empty = {ceiling_pool, nothing, NULL, threads};
   alone = threads == 1;
   for (int dtype = 0; dtype < 2; dtype++) {
@@ -209,7 +72,7 @@ static void measure_ceilings(int32_t threads, const uint64_t *data) {
     use_peak_of((acre_dtype)dtype);
     measure_peak();
   }
-  peak_gbytes = (double)READ_BYTES / best_time((timed){run_loop, &reading}) * 1e-9;
+  peak_gbytes = measure_read(ceiling_pool) * 1e-9;
   double start = best_time((timed){run_loop, &empty});
   printf(
       "\n%d threads, %s: peak f32 %.1f, bf16 %.1f GFLOP/s, read %.1f GB/s, an empty "
@@ -266,7 +129,9 @@ static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, i
   product p = {.backend = backend, .queue = queue, .N = N};
   acre_array array = {w, ACRE_F32, 2, {N, K}, {K, 1}};
   bool finite = true;
-  if (backend->ops->matrix_create(backend, &p.W, N, K, dtype, NULL) != ACRE_OK) exit(1);
+  if (backend->ops->matrix_create(backend, &p.W, N, K, dtype, ACRE_WEIGHTS_SAME, NULL) !=
+      ACRE_OK)
+    exit(1);
   backend->ops->matrix_fill(p.W, 0, &array, &finite);
   static const int64_t rows[] = {512, 32, 5, 1};
   p.x = floats(512 * K);
@@ -347,7 +212,7 @@ static void bench_attention(acre_backend *backend, acre_queue *queue, int64_t ro
   acre_free(x), acre_free(keys), acre_free(values), acre_free(a.q), acre_free(a.out);
 }
 
-static void bench_threads(int32_t threads, const char *isa, const uint64_t *data) {
+static void bench_threads(int32_t threads, const char *isa) {
   static const int64_t shapes[][2] = {
       {576, 960}, {576, 576}, {576, 3072}, {1536, 576}, {576, 49152}};
   acre_backend *backend;
@@ -359,7 +224,7 @@ static void bench_threads(int32_t threads, const char *isa, const uint64_t *data
   }
   if (backend->ops->queue_open(backend, &queue, NULL) != ACRE_OK) exit(1);
   ceiling_isa = backend->isa;
-  measure_ceilings(threads, data);
+  measure_ceilings(threads);
   for (int kind = 0; kind < 2; kind++) {
     acre_dtype dtype = kind ? ACRE_BF16 : ACRE_F32;
     use_peak_of(dtype);
@@ -376,12 +241,8 @@ static void bench_threads(int32_t threads, const char *isa, const uint64_t *data
 
 int main(int argc, char **argv) {
   const char *isa = argc > 1 ? argv[1] : NULL;
-  uint64_t *data = acre_alloc((size_t)READ_BYTES);
-  if (!data) return 1;
-  for (int64_t i = 0; i < READ_BYTES / 8; i++) data[i] = (uint64_t)i * 0x9e3779b97f4a7c15u;
   int32_t cores = acre_cpu_count();
-  bench_threads(1, isa, data);
-  if (cores > 1) bench_threads(cores, isa, data);
-  acre_free(data);
+  bench_threads(1, isa);
+  if (cores > 1) bench_threads(cores, isa);
   return 0;
 }

@@ -146,6 +146,11 @@ typedef struct acre_rope_config {
   bool truncate;              /* yarn: round the correction range to whole dimensions */
 } acre_rope_config;
 
+/* How matrices are kept. Q8: 32 numbers of a row share a scale, a number is
+ * bf16(scale * q) with a whole q of [-127, 127]: 17/32 of the bytes of bf16. Products are
+ * those of bf16 with these numbers, whatever the number of rows. */
+typedef enum acre_weights { ACRE_WEIGHTS_SAME = 0, ACRE_WEIGHTS_Q8 } acre_weights;
+
 typedef struct acre_model_config {
   size_t struct_size;
   int64_t vocab_size; /* L1 tokens carry the id vocab_size */
@@ -159,8 +164,9 @@ typedef struct acre_model_config {
   double rms_eps;
   acre_rope_config rope;
   bool tied_head;
-  acre_dtype dtype; /* compute and cache dtype: ACRE_F32 or ACRE_BF16 */
-  int64_t eos_id;   /* source of the untrained L1 embedding row; -1 = row 0 */
+  acre_dtype dtype;     /* compute and cache dtype: ACRE_F32 or ACRE_BF16 */
+  int64_t eos_id;       /* source of the untrained L1 embedding row; -1 = row 0 */
+  acre_weights weights; /* default SAME: in dtype; Q8 needs dtype ACRE_BF16 */
 } acre_model_config;
 
 ACRE_API acre_model_config acre_model_config_default(void);

@@ -72,7 +72,7 @@ typedef struct acre_backend_ops {
    * a float32 above the bf16 range rounds to infinity and counts). Rows already filled are
    * overwritten. */
   acre_status (*matrix_create)(acre_backend *, acre_matrix **out, int64_t N, int64_t K,
-                               acre_dtype dtype, acre_error *);
+                               acre_dtype dtype, acre_weights weights, acre_error *);
   void (*matrix_release)(acre_matrix *);
   void (*matrix_fill)(acre_matrix *, int64_t row, const acre_array *host, bool *finite);
 

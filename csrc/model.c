@@ -58,6 +58,11 @@ static acre_status check_config(const acre_model_config *c, acre_error *error) {
     return acre_fail(error, ACRE_BAD_VALUE, "config dtype: got %s, expected f32 or bf16",
                      acre_dtype_name(c->dtype));
   }
+  if (c->weights != ACRE_WEIGHTS_SAME &&
+      !(c->weights == ACRE_WEIGHTS_Q8 && c->dtype == ACRE_BF16)) {
+    return acre_fail(error, ACRE_BAD_VALUE, "config weights: q8 needs dtype bf16, got %s",
+                     acre_dtype_name(c->dtype));
+  }
   return acre_rope_check(&c->rope, error);
 }
 
@@ -247,7 +252,7 @@ static acre_status fill_matrix(acre_model *model, const slot *s, const acre_arra
   const acre_backend_ops *ops = model->backend->ops;
   if (!*s->matrix) {
     ACRE_TRY(ops->matrix_create(model->backend, s->matrix, s->matrix_rows, s->columns,
-                                model->config.dtype, error));
+                                model->config.dtype, model->config.weights, error));
   }
   ops->matrix_fill(*s->matrix, s->offset, array, finite);
   return ACRE_OK;

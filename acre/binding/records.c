@@ -19,6 +19,7 @@
 static const char *const ROPE_KINDS[] = {"default", "linear", "dynamic",
                                          "llama3",  "yarn",   NULL};
 static const char *const COMPUTE_DTYPES[] = {"f32", "bf16", NULL};
+static const char *const WEIGHTS[] = {"same", "q8", NULL};
 static const char *const PROXIES[] = {"pooled", "trained", NULL};
 static const char *const SELECTS[] = {"shared", "per_layer", NULL};
 
@@ -50,6 +51,7 @@ static const field CONFIG_FIELDS[] = {
     FIELD(acre_model_config, tied_head, FIELD_BOOL),
     CHOICE(acre_model_config, dtype, COMPUTE_DTYPES),
     FIELD(acre_model_config, eos_id, FIELD_INT64),
+    CHOICE(acre_model_config, weights, WEIGHTS),
 };
 const record record_model_config = RECORD("config", CONFIG_FIELDS);
 

@@ -44,7 +44,7 @@ void acre_kernels_avx512(acre_kernels *table, uint32_t features) {
   fill_table(table);
   table->isa = "avx512";
   if (!(features & ACRE_CPU_BF16)) return;
-  fill_pairs(&table->of[ACRE_BF16]);
+  fill_pairs(table);
   table->isa = "avx512_bf16";
 }
 

@@ -40,7 +40,8 @@ acre_status acre_cpu_alloc(acre_backend *backend, acre_buffer **out, size_t byte
 
 /* matmul.c */
 acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int64_t N,
-                                   int64_t K, acre_dtype dtype, acre_error *error);
+                                   int64_t K, acre_dtype dtype, acre_weights weights,
+                                   acre_error *error);
 void acre_cpu_matrix_release(acre_matrix *matrix);
 void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *host,
                           bool *finite);

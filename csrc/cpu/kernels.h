@@ -34,10 +34,12 @@
  *   a  rows of k numbers, one zero more where T is bf16 and k odd
  *   b  panels of 16 columns: [k][16]; bf16 as it is: [ceil(k / 2)][16][2]
  * Weights are kept packed, whatever the table, in panels of ceil(K / pack_k) blocks of
- * pack_bytes: blocks of f32 are [16], of bf16 [16][2], so that the pair (c, c + 1) lies
- * side by side. What is missing at the end of a block, and columns beyond N, are zero.
- * Strides of T and of operands are in elements, of packed panels in bytes. */
-typedef struct acre_typed {
+ * pack_bytes: blocks of f32 are [16]; of bf16 [16][2], so that the pair (c, c + 1) lies
+ * side by side; of q8 sixteen bf16 scales, then int8 [16][16][2], again in pairs, for the
+ * numbers bf16(scale * q). What is missing at the end of a block, and columns beyond N,
+ * are zero. Strides of T and of operands are in elements, of packed panels in bytes. */
+typedef struct acre_typed acre_typed;
+struct acre_typed {
   int64_t operand;
   int64_t pack_k, pack_bytes;
   int64_t tile_rows;   /* most rows of one tile call; the same for every type */
@@ -67,10 +69,10 @@ typedef struct acre_typed {
    * (bf16: pairs); i < rows <= tile_rows, j < 16 * panels. */
   void (*tile)(float *c, int64_t c_stride, const void *a, int64_t a_stride, const void *b,
                int64_t panel_stride, int64_t rows, int64_t panels, int64_t k, bool add);
-  /* The same with b in packed panels. */
-  void (*thin)(float *c, int64_t c_stride, const void *a, int64_t a_stride,
-               const void *packed, int64_t packed_stride, int64_t rows, int64_t panels,
-               int64_t k, bool add);
+  /* The same with b in packed panels, for few rows; `self` is this set of kernels. */
+  void (*thin)(const acre_typed *self, float *c, int64_t c_stride, const void *a,
+               int64_t a_stride, const void *packed, int64_t packed_stride, int64_t rows,
+               int64_t panels, int64_t k, bool add);
 
   /* One step of the online softmax of `rows` <= tile_rows rows, each over n <= 64
    * logits, in powers of two: x_j = fma(s_j, scale, bias_j * log2(e)) (bias nullable:
@@ -83,11 +85,12 @@ typedef struct acre_typed {
    * s [rows][64] in float32 becomes p as operands, a row's in the place of its logits. */
   void (*softmax)(float *s, const float *bias, int64_t rows, int64_t n, float scale,
                   float *origin, float *sum, float *factor);
-} acre_typed;
+};
 
 typedef struct acre_kernels {
   const char *isa;
   acre_typed of[2]; /* by acre_dtype: ACRE_F32, ACRE_BF16 */
+  acre_typed q8;    /* of[ACRE_BF16], with weights kept as q8 */
 
   /* y = c + addend. */
   void (*add)(float *y, const float *c, const float *addend, int64_t n);
@@ -114,6 +117,16 @@ void acre_kernels_avx2(acre_kernels *table, uint32_t features);
 void acre_kernels_avx512(acre_kernels *table, uint32_t features);
 
 /* ---------------------------------------------------------------- shared arithmetic */
+
+/* A block of q8. */
+#define ACRE_Q8_K 32
+#define ACRE_Q8_BYTES (ACRE_PANEL * (2 + ACRE_Q8_K))
+
+/* `thin` by unpacking a few panels at a time: for weights that no table multiplies as
+ * they lie. */
+void acre_thin_unpacked(const acre_typed *self, float *c, int64_t c_stride, const void *a,
+                        int64_t a_stride, const void *packed, int64_t packed_stride,
+                        int64_t rows, int64_t panels, int64_t k, bool add);
 
 /* exp(x), error < 1.1 ulp on [ACRE_EXP_LOW, ACRE_EXP_HIGH]; below it 0 (never a
  * denormal), above it exp(ACRE_EXP_HIGH). x = n ln 2 + r with |r| <= ln 2 / 2, and

@@ -8,10 +8,13 @@
  * alone. */
 #include "matmul.h"
 
+#include <math.h>
+
 /* ---------------------------------------------------------------- weights */
 
 acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int64_t N,
-                                   int64_t K, acre_dtype dtype, acre_error *error) {
+                                   int64_t K, acre_dtype dtype, acre_weights weights,
+                                   acre_error *error) {
   *out = NULL;
   if (N < 1 || K < 1)
     return acre_fail(error, ACRE_BAD_SHAPE,
@@ -20,7 +23,10 @@ acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int
   if (dtype != ACRE_F32 && dtype != ACRE_BF16)
     return acre_fail(error, ACRE_UNSUPPORTED, "matrix dtype is %s, expected f32 or bf16",
                      acre_dtype_name(dtype));
-  acre_matrix matrix = {(cpu_backend *)backend, NULL, N, K, dtype};
+  if (weights == ACRE_WEIGHTS_Q8 && dtype != ACRE_BF16)
+    return acre_fail(error, ACRE_UNSUPPORTED, "q8 weights need dtype bf16, got %s",
+                     acre_dtype_name(dtype));
+  acre_matrix matrix = {(cpu_backend *)backend, NULL, N, K, dtype, weights};
   int64_t bytes;
   if (K > INT64_MAX / 256 || N > INT64_MAX / 256 ||
       !acre_mul(&bytes, acre_panel_bytes(&matrix), acre_ceil_div(N, ACRE_PANEL)))
@@ -53,7 +59,7 @@ static float half_to_float(uint16_t h) {
   return sign ? -tiny : tiny;
 }
 
-#define FILL_CHUNK 256 /* even: pairs of bf16 stay whole */
+#define FILL_CHUNK 256 /* a multiple of every pack_k: blocks stay whole */
 
 /* to[i] = host[row, column + i] as float32. */
 static void read_row(float *to, const acre_array *host, int64_t row, int64_t column,
@@ -91,27 +97,51 @@ typedef struct fill_job {
   _Atomic bool infinite;
 } fill_job;
 
-static bool all_finite(const float *x, int64_t count) {
-  uint32_t worst = 0;
+/* In T: what rounds to infinity counts. */
+static bool all_finite(const float *x, int64_t count, acre_dtype dtype) {
+  uint32_t worst = 0, limit = dtype == ACRE_F32 ? 0x7f800000u : 0x7f7f8000u;
   for (int64_t i = 0; i < count; i++) {
     uint32_t magnitude = acre_bits(x[i]) & 0x7fffffffu;
     worst = magnitude > worst ? magnitude : worst;
   }
-  return worst < 0x7f800000u;
+  return worst < limit;
+}
+
+/* The least bf16 >= x / 127, so that x / scale is at most 127. */
+static uint16_t q8_scale(float x) {
+  uint16_t scale = acre_to_bf16(x / 127);
+  return acre_from_bf16(scale) * 127 < x ? scale + 1 : scale;
+}
+
+/* Column j of one block of q8. */
+static void store_q8(char *block, int64_t j, const float *x, int64_t count) {
+  float highest = 0.0f;
+  for (int64_t i = 0; i < count; i++) highest = fmaxf(highest, fabsf(x[i]));
+  uint16_t scale = q8_scale(highest);
+  memcpy(block + j * (int64_t)sizeof scale, &scale, sizeof scale);
+  int8_t *q = (int8_t *)block + 2 * ACRE_PANEL;
+  for (int64_t i = 0; i < count; i++) {
+    float quotient = highest > 0 ? rintf(x[i] / acre_from_bf16(scale)) : 0.0f;
+    q[i / 2 * (2 * ACRE_PANEL) + 2 * j + i % 2] = (int8_t)quotient;
+  }
 }
 
 /* Stores values x[0..count) of column j (within its panel) from index `first` of K
  * on. */
-static void store_column(const acre_matrix *matrix, void *panel, int64_t j, int64_t first,
+static void store_column(const acre_matrix *matrix, char *panel, int64_t j, int64_t first,
                          const float *x, int64_t count) {
-  if (matrix->dtype == ACRE_F32) {
-    float *to = (float *)panel + first * ACRE_PANEL + j;
+  char *block = panel + acre_packed_offset(matrix, first);
+  if (matrix->weights == ACRE_WEIGHTS_Q8) {
+    for (int64_t i = 0; i < count; i += ACRE_Q8_K, block += ACRE_Q8_BYTES)
+      store_q8(block, j, x + i, acre_min(ACRE_Q8_K, count - i));
+  } else if (matrix->dtype == ACRE_F32) {
+    float *to = (float *)(void *)block + j;
     for (int64_t i = 0; i < count; i++) to[i * ACRE_PANEL] = x[i];
-    return;
+  } else {
+    uint16_t *to = (uint16_t *)(void *)block + 2 * j;
+    for (int64_t i = 0; i < count; i++)
+      to[i / 2 * (2 * ACRE_PANEL) + i % 2] = acre_to_bf16(x[i]);
   }
-  uint16_t *to = (uint16_t *)panel + first * ACRE_PANEL + 2 * j;
-  for (int64_t i = 0; i < count; i++)
-    to[i / 2 * (2 * ACRE_PANEL) + i % 2] = acre_to_bf16(x[i]);
 }
 
 /* One panel: the rows of host that fall into it. */
@@ -129,9 +159,7 @@ static void fill_task(void *context, int64_t index, int32_t worker) {
     for (int64_t n = begin; n < end; n++) {
       float x[FILL_CHUNK];
       read_row(x, job->host, n - job->row, c, count);
-      if (matrix->dtype == ACRE_BF16)
-        for (int64_t i = 0; i < count; i++) x[i] = acre_from_bf16(acre_to_bf16(x[i]));
-      if (!all_finite(x, count)) atomic_store(&job->infinite, true);
+      if (!all_finite(x, count, matrix->dtype)) atomic_store(&job->infinite, true);
       store_column(matrix, data, n % ACRE_PANEL, c, x, count);
     }
   }
@@ -203,7 +231,7 @@ static void multiply_thin(const block *b, const acre_matrix *W, float *c) {
   const char *packed = acre_buffer_data(W->buffer);
   int64_t size = acre_panel_bytes(W);
   packed += b->panel * size + acre_packed_offset(W, b->k_first);
-  T->thin(c, b->c_stride, b->x, b->x_stride, packed, size, b->rows, b->panels, b->k,
+  T->thin(T, c, b->c_stride, b->x, b->x_stride, packed, size, b->rows, b->panels, b->k,
           b->k_first > 0);
 }
 

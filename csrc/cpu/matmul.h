@@ -9,11 +9,13 @@ struct acre_matrix {
   acre_buffer *buffer;
   int64_t N;
   int64_t K;
-  acre_dtype dtype;
+  acre_dtype dtype; /* T of what it is multiplied with */
+  acre_weights weights;
 };
 
 static inline const acre_typed *acre_matrix_typed(const acre_matrix *W) {
-  return &W->backend->kernels.of[W->dtype];
+  const acre_kernels *kernels = &W->backend->kernels;
+  return W->weights == ACRE_WEIGHTS_Q8 ? &kernels->q8 : &kernels->of[W->dtype];
 }
 
 /* Bytes of one panel, and of its first k numbers (whole blocks). */

@@ -30,9 +30,10 @@ static void tile_f32(float *c, int64_t c_stride, const void *a, int64_t a_stride
   }
 }
 
-static void thin_f32(float *c, int64_t c_stride, const void *a, int64_t a_stride,
-                     const void *packed, int64_t packed_stride, int64_t rows,
-                     int64_t panels, int64_t k, bool add) {
+static void thin_f32(const acre_typed *self, float *c, int64_t c_stride, const void *a,
+                     int64_t a_stride, const void *packed, int64_t packed_stride,
+                     int64_t rows, int64_t panels, int64_t k, bool add) {
+  (void)self;
   tile_f32(c, c_stride, a, a_stride, packed, packed_stride / (int64_t)sizeof(float), rows,
            panels, k, add);
 }
@@ -55,9 +56,10 @@ static void tile_bf16(float *c, int64_t c_stride, const void *a, int64_t a_strid
   }
 }
 
-static void thin_bf16(float *c, int64_t c_stride, const void *a, int64_t a_stride,
-                      const void *packed, int64_t packed_stride, int64_t rows,
-                      int64_t panels, int64_t k, bool add) {
+static void thin_bf16(const acre_typed *self, float *c, int64_t c_stride, const void *a,
+                      int64_t a_stride, const void *packed, int64_t packed_stride,
+                      int64_t rows, int64_t panels, int64_t k, bool add) {
+  (void)self;
   for (int64_t i = 0; i < rows; i++) {
     const float *a_i = (const float *)a + i * a_stride;
     for (int64_t j = 0; j < ACRE_PANEL * panels; j++) {
@@ -154,6 +156,46 @@ static const void *unpack_bf16(void *b, int64_t *panel_stride, const void *packe
             element(panel, x / 2 * (2 * ACRE_PANEL) + 2 * j + x % 2, true);
   }
   return b;
+}
+
+static const void *unpack_q8(void *b, int64_t *panel_stride, const void *packed,
+                             int64_t packed_stride, int64_t panels, int64_t k) {
+  *panel_stride = k * ACRE_PANEL;
+  for (int64_t p = 0; p < panels; p++) {
+    const char *panel = (const char *)packed + p * packed_stride;
+    float *to = (float *)b + p * *panel_stride;
+    for (int64_t x = 0; x < k; x++) {
+      const char *block = panel + x / ACRE_Q8_K * ACRE_Q8_BYTES;
+      const int8_t *q = (const int8_t *)block + 2 * ACRE_PANEL;
+      for (int64_t j = 0; j < ACRE_PANEL; j++) {
+        int64_t at = x % ACRE_Q8_K / 2 * (2 * ACRE_PANEL) + 2 * j + x % 2;
+        float number = element(block, j, true) * (float)q[at];
+        to[x * ACRE_PANEL + j] = acre_from_bf16(acre_to_bf16(number));
+      }
+    }
+  }
+  return b;
+}
+
+#define THIN_PANELS 8 /* as many as a single row keeps in flight */
+#define THIN_K 64
+
+void acre_thin_unpacked(const acre_typed *self, float *c, int64_t c_stride, const void *a,
+                        int64_t a_stride, const void *packed, int64_t packed_stride,
+                        int64_t rows, int64_t panels, int64_t k, bool add) {
+  float b[THIN_PANELS * THIN_K * ACRE_PANEL];
+  for (int64_t p = 0; p < panels; p += THIN_PANELS) {
+    int64_t count = acre_min(THIN_PANELS, panels - p), stride;
+    for (int64_t x = 0; x < k; x += THIN_K) {
+      const char *from = (const char *)packed + p * packed_stride;
+      const void *unpacked =
+          self->unpack(b, &stride, from + x / self->pack_k * self->pack_bytes,
+                       packed_stride, count, acre_min(THIN_K, k - x));
+      self->tile(c + p * ACRE_PANEL, c_stride, (const char *)a + x * self->operand,
+                 a_stride, unpacked, stride, rows, count, acre_min(THIN_K, k - x),
+                 add || x > 0);
+    }
+  }
 }
 
 static void add(float *y, const float *c, const float *addend, int64_t n) {
@@ -327,6 +369,11 @@ void acre_kernels_scalar(acre_kernels *table) {
       .swiglu = swiglu,
       .rope = rope,
   };
+  table->q8 = table->of[ACRE_BF16];
+  table->q8.pack_k = ACRE_Q8_K;
+  table->q8.pack_bytes = ACRE_Q8_BYTES;
+  table->q8.unpack = unpack_q8;
+  table->q8.thin = acre_thin_unpacked;
 }
 
 acre_kernels acre_cpu_kernels(uint32_t features) {

@@ -89,6 +89,16 @@ V_INLINE vf v_widen(const uint16_t *from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 
+/* Halves of 8 int8 pairs. */
+V_INLINE vf v_even_q8(const int8_t *pairs) {
+  __m256i x = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)pairs));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24));
+}
+V_INLINE vf v_odd_q8(const int8_t *pairs) {
+  __m256i x = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)pairs));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(x, 8));
+}
+
 /* bfloat16(x) in the upper half of each lane; the lower half is rubbish. */
 V_INLINE __m256i v_round_bits(vf x) {
   __m256i u = _mm256_castps_si256(x);

@@ -84,6 +84,18 @@ V_INLINE vf v_widen(const uint16_t *from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 
+/* Halves of 16 int8 pairs. */
+V_INLINE vf v_even_q8(const int8_t *pairs) {
+  const __m256i *from = (const __m256i *)(const void *)pairs;
+  __m512i x = _mm512_cvtepi16_epi32(_mm256_loadu_si256(from));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24));
+}
+V_INLINE vf v_odd_q8(const int8_t *pairs) {
+  const __m256i *from = (const __m256i *)(const void *)pairs;
+  __m512i x = _mm512_cvtepi16_epi32(_mm256_loadu_si256(from));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(x, 8));
+}
+
 /* bfloat16(x) in the upper half of each lane; the lower half is rubbish. */
 V_INLINE __m512i v_round_bits(vf x) {
   __m512i u = _mm512_castps_si512(x);

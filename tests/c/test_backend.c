@@ -10,13 +10,14 @@ typedef struct matmul_case {
   int64_t rows, N, K;
   acre_dtype dtype;
   bool bias, accumulate;
+  acre_weights weights;
 } matmul_case;
 
 static acre_matrix *make_matrix(int i, const float *w, int64_t N, int64_t K,
-                                acre_dtype dtype) {
+                                acre_dtype dtype, acre_weights weights) {
   acre_matrix *matrix;
   bool finite = true;
-  CHECK(backends[i]->ops->matrix_create(backends[i], &matrix, N, K, dtype, NULL) ==
+  CHECK(backends[i]->ops->matrix_create(backends[i], &matrix, N, K, dtype, weights, NULL) ==
         ACRE_OK);
   int64_t cut = N / 3; /* in two parts, neither on a panel's edge */
   acre_array upper = {w, ACRE_F32, 2, {cut, K}, {K, 1}};
@@ -25,6 +26,26 @@ static acre_matrix *make_matrix(int i, const float *w, int64_t N, int64_t K,
   backends[i]->ops->matrix_fill(matrix, cut, &lower, &finite);
   CHECK(finite);
   return matrix;
+}
+
+/* What q8 keeps of w, in its place: the contract of acre_weights, and near w. */
+static void quantize(float *w, int64_t N, int64_t K) {
+  bool near = true;
+  for (int64_t j = 0; j < N; j++) {
+    for (int64_t first = 0; first < K; first += 32) {
+      float *block = w + j * K + first, highest = 0.0f, scale;
+      int64_t count = acre_min(32, K - first);
+      for (int64_t i = 0; i < count; i++) highest = fmaxf(highest, fabsf(block[i]));
+      scale = as(highest / 127, ACRE_BF16);
+      if (scale * 127 < highest) scale = acre_from_bits(acre_bits(scale) + 0x10000);
+      for (int64_t i = 0; i < count && highest > 0; i++) {
+        float kept = as(rintf(block[i] / scale) * scale, ACRE_BF16);
+        near &= fabsf(kept - block[i]) <= scale * 0.5001f + 0x1p-8f * fabsf(block[i]);
+        block[i] = kept;
+      }
+    }
+  }
+  CHECK(near);
 }
 
 static bool matmul_right(const matmul_case *c, const float *y, int64_t stride,
@@ -52,17 +73,22 @@ static void test_matmul(const matmul_case *c) {
   int64_t stride = c->N + 3, n = c->rows * stride;
   float *w = random_floats(c->N * c->K);
   void *x = random_typed(c->rows * c->K, c->dtype);
+  float *kept = random_floats(c->N * c->K);
+  memcpy(kept, w, (size_t)(c->N * c->K) * sizeof(float));
   float *bias = random_floats(c->N), *old = nans(n), *first = NULL;
   if (c->accumulate)
     for (int64_t i = 0; i < c->rows; i++)
       for (int64_t j = 0; j < c->N; j++) old[i * stride + j] = random_float(&seed);
   for (int i = 0; i < backend_count; i++) {
-    acre_matrix *W = make_matrix(i, w, c->N, c->K, c->dtype);
+    acre_matrix *W = make_matrix(i, w, c->N, c->K, c->dtype, c->weights);
     float *y = guarded_alloc((size_t)n * sizeof(float)), *row = nans(c->N);
     const acre_backend_ops *ops = backends[i]->ops;
     memcpy(y, old, (size_t)n * sizeof(float));
     ops->matmul(queues[i], y, stride, x, W, c->bias ? bias : NULL, c->rows, c->accumulate);
-    if (i == 0) CHECK(matmul_right(c, y, stride, old, x, w, bias));
+    if (i == 0) {
+      if (c->weights == ACRE_WEIGHTS_Q8) quantize(kept, c->N, c->K);
+      CHECK(matmul_right(c, y, stride, old, x, kept, bias));
+    }
     CHECK(!first || same(first, y, n * 4));
     int64_t r = c->rows / 2; /* alone */
     memcpy(row, old + r * stride, (size_t)c->N * sizeof(float));
@@ -76,8 +102,8 @@ static void test_matmul(const matmul_case *c) {
     else
       first = y;
   }
-  guarded_free(x), guarded_free(w), guarded_free(bias), guarded_free(old),
-      guarded_free(first);
+  guarded_free(x), guarded_free(w), guarded_free(kept), guarded_free(bias);
+  guarded_free(old), guarded_free(first);
 }
 
 static void test_matmuls(void) {
@@ -85,11 +111,13 @@ static void test_matmuls(void) {
   static const int64_t sizes[][2] = {{1, 1}, {16, 2}, {17, 33}, {100, 65}, {37, 770}};
   for (int64_t r = 0; r < ACRE_COUNT(rows); r++)
     for (int64_t s = 0; s < ACRE_COUNT(sizes); s++)
-      for (int kind = 0; kind < 8; kind++)
+      for (int kind = 0; kind < 12; kind++)
         test_matmul(&(matmul_case){rows[r], sizes[s][0], sizes[s][1],
-                                   kind & 1 ? ACRE_BF16 : ACRE_F32, kind & 2, kind & 4});
-  test_matmul(&(matmul_case){130, 70, 40, ACRE_BF16, true, false});
-  test_matmul(&(matmul_case){125, 600, 9, ACRE_F32, false, true});
+                                   kind & 1 || kind >= 8 ? ACRE_BF16 : ACRE_F32, kind & 2,
+                                   kind & 4, kind >= 8});
+  test_matmul(&(matmul_case){130, 70, 40, ACRE_BF16, true, false, ACRE_WEIGHTS_SAME});
+  test_matmul(&(matmul_case){125, 600, 9, ACRE_F32, false, true, ACRE_WEIGHTS_SAME});
+  test_matmul(&(matmul_case){125, 70, 1000, ACRE_BF16, false, true, ACRE_WEIGHTS_Q8});
 }
 
 /* silu(x G^T) (x U^T), rounded: within the bound of its two products, and every backend
@@ -101,8 +129,8 @@ static void test_swiglu(int64_t rows, int64_t N, int64_t K, acre_dtype dtype) {
   char *first = NULL;
   for (int i = 0; i < backend_count; i++) {
     const acre_backend_ops *ops = backends[i]->ops;
-    acre_matrix *gate = make_matrix(i, g, N, K, dtype),
-                *up = make_matrix(i, u, N, K, dtype);
+    acre_matrix *gate = make_matrix(i, g, N, K, dtype, ACRE_WEIGHTS_SAME),
+                *up = make_matrix(i, u, N, K, dtype, ACRE_WEIGHTS_SAME);
     char *y = guarded_alloc((size_t)(n * size)), *row = guarded_alloc((size_t)(N * size));
     ops->swiglu(queues[i], y, x, gate, up, rows);
     ops->swiglu(queues[i], row, (char *)x + rows / 2 * K * size, gate, up, 1);
@@ -146,7 +174,8 @@ static void test_fill(void) {
   for (int i = 0; i < 24; i++) source[i] = i - 7.5;
   const acre_backend_ops *ops = backends[0]->ops;
   acre_matrix *W;
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, NULL) == ACRE_OK);
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_SAME, NULL) ==
+        ACRE_OK);
   acre_array turned = {source + 1, ACRE_F64, 2, {4, 3}, {1, 8}};
   bool finite = true;
   ops->matrix_fill(W, 0, &turned, &finite);
@@ -167,15 +196,20 @@ static void test_fill(void) {
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(finite);
   ops->matrix_release(W);
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, NULL) == ACRE_OK);
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_SAME, NULL) ==
+        ACRE_OK);
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(!finite);
   ops->matrix_release(W);
   acre_error error;
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F16, &error) == ACRE_UNSUPPORTED &&
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_Q8, &error) ==
+            ACRE_UNSUPPORTED &&
         !W);
-  CHECK(ops->matrix_create(backends[0], &W, INT64_MAX / 2, 64, ACRE_F32, &error) ==
-        ACRE_NO_MEMORY);
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F16, ACRE_WEIGHTS_SAME, &error) ==
+            ACRE_UNSUPPORTED &&
+        !W);
+  CHECK(ops->matrix_create(backends[0], &W, INT64_MAX / 2, 64, ACRE_F32, ACRE_WEIGHTS_SAME,
+                           &error) == ACRE_NO_MEMORY);
 }
 
 /* ---------------------------------------------------------------- rows, timeline */

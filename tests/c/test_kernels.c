@@ -115,7 +115,7 @@ static void run_tile(const acre_typed *T, const tile_case *c, float *y, const vo
     int64_t rows = acre_min(T->tile_rows, c->rows - i);
     const char *a_i = (const char *)a_x + i * a_stride * T->operand;
     if (thin)
-      T->thin(y + i * stride, stride, a_i, a_stride, packed, size, rows, c->panels, c->k,
+      T->thin(T, y + i * stride, stride, a_i, a_stride, packed, size, rows, c->panels, c->k,
               c->add);
     else
       T->tile(y + i * stride, stride, a_i, a_stride, b, b_stride, rows, c->panels, c->k,
