@@ -143,6 +143,7 @@ def open_model(arguments: argparse.Namespace) -> Model:
         dtype=arguments.dtype,
         adapter=arguments.adapter,
         threads=arguments.threads,
+        weights=arguments.weights,
     )
 
 
@@ -310,6 +311,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH", help="directory or .gguf file")
     group.add_argument("--adapter", metavar="PATH", help="trained L1 parameters")
     group.add_argument("--dtype", default="bf16", choices=("bf16", "f32"))
+    group.add_argument(
+        "--weights", default="same", choices=("same", "q8"), help="q8: 8 bits, bf16 only"
+    )
     group.add_argument("--threads", type=int, default=0, help="0 = usable cores")
 
 

@@ -6,7 +6,7 @@
  * nothing. One line per case: name, threads, milliseconds, GFLOP/s, GB/s, share of the
  * ceiling.
  *
- * bench_kernels [isa] */
+ * bench_kernels [isa or "best"] [part of a name] */
 #include "backend.h"
 #include "cpu/kernels.h"
 #include "peaks.h"
@@ -18,6 +18,8 @@ static double peaks[2], *peak_gflops = peaks, peak_gbytes;
 
 static void measure_peak(void);
 static void use_peak_of(acre_dtype dtype);
+
+static const char *filter = "";
 
 /* The FMA peak is looked at again before every line: clocks and neighbours change. */
 static void report(const char *name, int32_t threads, double seconds, double flops,
@@ -140,12 +142,13 @@ static void bench_product(acre_backend *backend, acre_queue *queue, int64_t K, i
   for (int64_t i = 0; i < ACRE_COUNT(rows); i++) {
     char name[64];
     p.rows = rows[i];
+    snprintf(name, sizeof name, "matmul %s %lldx%lld->%lld", acre_dtype_name(dtype),
+             (long long)p.rows, (long long)K, (long long)N);
+    if (!strstr(name, filter)) continue;
     run_product(&p);
     check_product(&p, w, K, dtype);
     double flops = 2.0 * (double)(p.rows * N * K);
     double bytes = (double)(N * K) * (double)acre_dtype_size(dtype);
-    snprintf(name, sizeof name, "matmul %s %lldx%lld->%lld", acre_dtype_name(dtype),
-             (long long)p.rows, (long long)K, (long long)N);
     report(name, backend->threads, best_time((timed){run_product, &p}), flops, bytes);
   }
   backend->ops->matrix_release(p.W);
@@ -189,6 +192,10 @@ static void check_attention(const attention *a) {
 static void bench_attention(acre_backend *backend, acre_queue *queue, int64_t rows,
                             int64_t prefix, acre_dtype dtype) {
   int64_t h = 9, g = 3, d = 64, width = g * d;
+  char name[64];
+  snprintf(name, sizeof name, "attend %s %lld rows, prefix %lld", acre_dtype_name(dtype),
+           (long long)rows, (long long)prefix);
+  if (!strstr(name, filter)) return;
   float *x = floats((prefix + rows) * width);
   attention a = {
       .backend = backend, .queue = queue, .rows = rows, .heads = {h, g, d, dtype}};
@@ -203,9 +210,6 @@ static void bench_attention(acre_backend *backend, acre_queue *queue, int64_t ro
   run_attention(&a);
   check_attention(&a);
   double seen = (double)rows * ((double)prefix + (double)(rows + 1) / 2);
-  char name[64];
-  snprintf(name, sizeof name, "attend %s %lld rows, prefix %lld", acre_dtype_name(dtype),
-           (long long)rows, (long long)prefix);
   report(name, backend->threads, best_time((timed){run_attention, &a}),
          4.0 * seen * (double)(h * d),
          2.0 * (double)((prefix + rows) * width) * (double)acre_dtype_size(dtype));
@@ -233,6 +237,7 @@ static void bench_threads(int32_t threads, const char *isa) {
     bench_attention(backend, queue, 512, 2560, dtype);
     bench_attention(backend, queue, 512, 6144, dtype);
     bench_attention(backend, queue, 1, 6144, dtype);
+    bench_attention(backend, queue, 1, 131072, dtype); /* beyond the caches */
   }
   backend->ops->queue_close(queue);
   backend->ops->destroy(backend);
@@ -240,7 +245,8 @@ static void bench_threads(int32_t threads, const char *isa) {
 }
 
 int main(int argc, char **argv) {
-  const char *isa = argc > 1 ? argv[1] : NULL;
+  const char *isa = argc > 1 && strcmp(argv[1], "best") != 0 ? argv[1] : NULL;
+  if (argc > 2) filter = argv[2];
   int32_t cores = acre_cpu_count();
   bench_threads(1, isa);
   if (cores > 1) bench_threads(cores, isa);

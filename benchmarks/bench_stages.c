@@ -9,7 +9,7 @@
  * (both measured in the same run). What no operation accounts for is a row of its own,
  * so that the rows of a stage sum to it.
  *
- * bench_stages [shape] [tokens] [proxy] [dtype] [threads] */
+ * bench_stages [shape] [tokens] [pooled|trained] [bf16|f32|q8] [threads] */
 #include "acre.h"
 #include "cpu/cpu.h"
 #include "cpu/matmul.h"
@@ -326,11 +326,12 @@ static void bind_layer(acre_model *model, const shape *s, int layer, bool traine
 }
 
 static acre_model *make_model(acre_engine *engine, const shape *s, acre_dtype dtype,
-                              bool trained) {
+                              acre_weights weights, bool trained) {
   acre_model_config c = acre_model_config_default();
   c.vocab_size = s->vocab, c.hidden = s->hidden, c.layers = s->layers;
   c.heads = s->heads, c.kv_heads = s->kv_heads, c.head_dim = s->head_dim;
   c.ffn = s->ffn, c.w_max = s->w_max, c.tied_head = true, c.dtype = dtype;
+  c.weights = weights;
   acre_error error;
   acre_model *model;
   must(acre_model_create(&model, engine, &c, &error), &error);
@@ -429,7 +430,10 @@ int main(int argc, char **argv) {
     if (strcmp(argv[1], shapes[i].name) == 0) s = &shapes[i];
   int64_t n = argc > 2 ? strtoll(argv[2], NULL, 10) : 32768;
   bool trained = argc > 3 && strcmp(argv[3], "trained") == 0;
-  acre_dtype dtype = argc > 4 && strcmp(argv[4], "f32") == 0 ? ACRE_F32 : ACRE_BF16;
+  const char *numbers = argc > 4 ? argv[4] : "bf16";
+  acre_dtype dtype = strcmp(numbers, "f32") == 0 ? ACRE_F32 : ACRE_BF16;
+  acre_weights weights =
+      strcmp(numbers, "q8") == 0 ? ACRE_WEIGHTS_Q8 : ACRE_WEIGHTS_SAME;
   acre_engine_options options = acre_engine_options_default();
   options.threads = argc > 5 ? atoi(argv[5]) : 0;
   acre_error error;
@@ -439,10 +443,10 @@ int main(int argc, char **argv) {
   limits.flops = measure_flops(pool, acre_engine_isa(engine), dtype);
   limits.bytes = measure_read(pool);
   printf("%s, %s, %s, %d threads, %s: peak %.0f GFLOP/s, read %.1f GB/s\n", s->name,
-         acre_dtype_name(dtype), trained ? "trained" : "pooled",
+         numbers, trained ? "trained" : "pooled",
          acre_engine_threads(engine), acre_engine_isa(engine), limits.flops * 1e-9,
          limits.bytes * 1e-9);
-  acre_model *model = make_model(engine, s, dtype, trained);
+  acre_model *model = make_model(engine, s, dtype, weights, trained);
   watch(engine);
   int32_t *ids = random_ids(acre_max(n, 2048), s->vocab);
   plain(model, ids, 512);

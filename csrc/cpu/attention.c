@@ -9,14 +9,14 @@
  * the items share the tile, so its keys and values are laid out for the tile kernel once
  * for all of them. With several rows there is one run. A row decoded alone shares its
  * tiles out over many runs, whose number depends on the key count only; they are joined
- * in order. */
+ * in order. Its tasks take several KV heads, which lie side by side in memory: that work
+ * is bound by reading, and then a run is read from end to end. */
 #include "attention.h"
 
 #include <math.h>
 
 #define TILE ACRE_KEY_TILE
 #define RUNS 64      /* most runs of tiles of one decoded row */
-#define RUN_TILES 4  /* least tiles of a run */
 #define RUN_ITEMS 32 /* most heads of a task of one decoded row */
 
 float acre_cpu_logit_scale(const acre_heads *heads) {
@@ -39,10 +39,12 @@ typedef struct attend_job {
   const acre_heads *heads;
   int64_t group; /* query heads per KV head */
   float scale;
-  int64_t items;           /* of a task */
+  int64_t items, kv_heads; /* of a task: items of each of so many KV heads */
+  int64_t kv_blocks;       /* tasks that all KV heads make */
   int64_t runs, run_tiles; /* of one block of items */
   int64_t slot;            /* floats that a task of many leaves in the shared scratch */
-  int64_t first;           /* task of this loop over the pool */
+  int64_t first, tasks;    /* of one loop over the pool */
+  int64_t chunk;           /* tasks taken together */
 } attend_job;
 
 typedef struct key_tile {
@@ -72,12 +74,13 @@ static const float *tile_bias(const key_tile *tile) {
 
 /* ---------------------------------------------------------------- a task */
 
-/* A task's items and its worker's scratch. Rows of q and o are padded(d) apart. */
+/* A task's items and its worker's scratch: `count` items of each of its KV heads, one KV
+ * head after the other. Rows of q and o are padded(d) apart. */
 typedef struct block {
-  int64_t kv_head, item, count, run;
+  int64_t kv_first, kv_count, item, count, run;
   void *q, *keys, *values; /* operands */
   float *s;                /* [ACRE_ROWS_LIMIT][64] */
-  float *o, *origin, *sum; /* [count][padded(d)], [count], [count] */
+  float *o, *origin, *sum; /* [kv_count][count][padded(d)], [kv_count][count] */
 } block;
 
 /* Wide heads take fewer items. */
@@ -103,8 +106,11 @@ static float *slot_of(const attend_job *job, int64_t task) {
 }
 
 static block take_block(const attend_job *job, int64_t task, float *scratch) {
-  block b = {.run = task % job->runs, .kv_head = task / job->runs % job->heads->kv_heads};
-  b.item = task / job->runs / job->heads->kv_heads * job->items;
+  int64_t heads = task / job->runs;
+  block b = {.run = task % job->runs,
+             .kv_first = heads % job->kv_blocks * job->kv_heads,
+             .item = heads / job->kv_blocks * job->items};
+  b.kv_count = acre_min(job->kv_heads, job->heads->kv_heads - b.kv_first);
   b.count = acre_min(job->items, job->rows * job->group - b.item);
   b.q = scratch;
   b.o = scratch + ITEM_FLOATS;
@@ -116,24 +122,25 @@ static block take_block(const attend_job *job, int64_t task, float *scratch) {
   return b;
 }
 
-/* Item i of a KV head is row i / group and its head i % group. */
+/* Item i of a KV head is row i / group and its head i % group; i counts over the KV heads
+ * of the block. */
 static int64_t item_head(const attend_job *job, const block *b, int64_t i) {
-  return b->kv_head * job->group + (b->item + i) % job->group;
+  return (b->kv_first + i / b->count) * job->group + (b->item + i % b->count) % job->group;
 }
 static int64_t item_row(const attend_job *job, const block *b, int64_t i) {
-  return (b->item + i) / job->group;
+  return (b->item + i % b->count) / job->group;
 }
 
 static void begin_items(const attend_job *job, const block *b) {
   int64_t d = job->heads->head_dim, padded = acre_padded(d);
-  for (int64_t i = 0; i < b->count; i++) {
+  for (int64_t i = 0; i < b->kv_count * b->count; i++) {
     const float *q =
         job->q + item_row(job, b, i) * job->q_stride + item_head(job, b, i) * d;
     job->T->round((char *)b->q + i * padded * job->T->operand, q, d);
     b->origin[i] = -INFINITY;
     b->sum[i] = 0.0f;
   }
-  memset(b->o, 0, (size_t)(b->count * padded) * sizeof(float));
+  memset(b->o, 0, (size_t)(b->kv_count * b->count * padded) * sizeof(float));
 }
 
 /* Divides an item's o by its sum and hands it over. */
@@ -171,54 +178,73 @@ static void attend_rows(const attend_job *job, const block *b, const key_tile *t
   }
 }
 
-static void attend_task(void *context, int64_t index, int32_t worker) {
-  const attend_job *job = context;
+/* All items of the block against one tile. */
+static void attend_tile(const attend_job *job, const block *b, const key_tile *tile) {
   const acre_heads *heads = job->heads;
-  int64_t step = heads->kv_heads * heads->head_dim, padded = acre_padded(heads->head_dim);
-  block b = take_block(job, job->first + index, acre_cpu_scratch(job->queue, worker));
-  float *slot = slot_of(job, job->first + index);
+  int64_t step = heads->kv_heads * heads->head_dim, rows = job->T->tile_rows;
+  const acre_keys *keys = tile->keys;
+  for (int64_t kv = 0; kv < b->kv_count; kv++) {
+    job->T->keys(b->keys,
+                 acre_cpu_head(keys->rotated, tile->first, b->kv_first + kv, heads), step,
+                 tile->count, heads->head_dim);
+    job->T->values(b->values,
+                   acre_cpu_head(keys->values, tile->first, b->kv_first + kv, heads), step,
+                   tile->count, heads->head_dim);
+    for (int64_t i = 0; i < b->count; i += rows)
+      attend_rows(job, b, tile, kv * b->count + i, acre_min(rows, b->count - i));
+  }
+}
+
+static void attend_run(const attend_job *job, int64_t task, int32_t worker) {
+  int64_t padded = acre_padded(job->heads->head_dim);
+  block b = take_block(job, task, acre_cpu_scratch(job->queue, worker));
+  int64_t all = b.kv_count * b.count;
+  float *slot = slot_of(job, task);
   if (job->runs > 1) /* what joins the runs later reads it there */
-    b.origin = slot, b.sum = slot + b.count, b.o = slot + 2 * b.count;
+    b.origin = slot, b.sum = slot + all, b.o = slot + 2 * all;
   begin_items(job, &b);
   int64_t last_row = item_row(job, &b, b.count - 1);
   int64_t tiles = job->tiles[0] + acre_ceil_div(job->seen + last_row + 1, TILE);
   int64_t end = acre_min((b.run + 1) * job->run_tiles, tiles);
   for (int64_t t = b.run * job->run_tiles; t < end; t++) {
     key_tile tile = tile_at(job, t, last_row);
-    const acre_keys *keys = tile.keys;
-    job->T->keys(b.keys, acre_cpu_head(keys->rotated, tile.first, b.kv_head, heads), step,
-                 tile.count, heads->head_dim);
-    job->T->values(b.values, acre_cpu_head(keys->values, tile.first, b.kv_head, heads),
-                   step, tile.count, heads->head_dim);
-    for (int64_t i = 0; i < b.count; i += job->T->tile_rows)
-      attend_rows(job, &b, &tile, i, acre_min(job->T->tile_rows, b.count - i));
+    attend_tile(job, &b, &tile);
   }
-  for (int64_t i = 0; job->runs == 1 && i < b.count; i++)
+  for (int64_t i = 0; job->runs == 1 && i < all; i++)
     end_item(job, &b, i, b.o + i * padded, b.sum[i]);
+}
+
+/* Some runs that follow one another: the prefetch at the end of each is of use to the
+ * next. */
+static void attend_task(void *context, int64_t index, int32_t worker) {
+  const attend_job *job = context;
+  int64_t end = acre_min((index + 1) * job->chunk, job->tasks);
+  for (int64_t task = index * job->chunk; task < end; task++)
+    attend_run(job, job->first + task, worker);
 }
 
 /* ---------------------------------------------------------------- joining runs */
 
-/* The runs of one block of items: each counts by its origin, a power of two. */
+/* The runs of one item: each counts by its origin, a power of two. */
 static void join_task(void *context, int64_t index, int32_t worker) {
   const attend_job *job = context;
-  int64_t padded = acre_padded(job->heads->head_dim), task = job->first + index * job->runs;
+  int64_t padded = acre_padded(job->heads->head_dim), most = job->kv_heads * job->items;
+  int64_t task = job->first + index / most * job->runs, i = index % most;
   block b = take_block(job, task, acre_cpu_scratch(job->queue, worker));
+  int64_t all = b.kv_count * b.count;
+  if (i >= all) return;
   const float *first = slot_of(job, task);
-  for (int64_t i = 0; i < b.count; i++) {
-    float origin = -INFINITY, sum = 0.0f;
-    for (int64_t r = 0; r < job->runs; r++)
-      origin = fmaxf(origin, first[r * job->slot + i]);
-    if (origin == -INFINITY) origin = 0.0f;
-    memset(b.o, 0, (size_t)padded * sizeof(float));
-    for (int64_t r = 0; r < job->runs; r++) {
-      const float *run = first + r * job->slot;
-      float factor = acre_exp2(run[i], origin);
-      sum = fmaf(run[b.count + i], factor, sum);
-      job->queue->kernels->add_scaled(b.o, run + 2 * b.count + i * padded, factor, padded);
-    }
-    end_item(job, &b, i, b.o, sum);
+  float origin = -INFINITY, sum = 0.0f;
+  for (int64_t r = 0; r < job->runs; r++) origin = fmaxf(origin, first[r * job->slot + i]);
+  if (origin == -INFINITY) origin = 0.0f;
+  memset(b.o, 0, (size_t)padded * sizeof(float));
+  for (int64_t r = 0; r < job->runs; r++) {
+    const float *run = first + r * job->slot;
+    float factor = acre_exp2(run[i], origin);
+    sum = fmaf(run[all + i], factor, sum);
+    job->queue->kernels->add_scaled(b.o, run + 2 * all + i * padded, factor, padded);
   }
+  end_item(job, &b, i, b.o, sum);
 }
 
 /* ---------------------------------------------------------------- operation */
@@ -231,25 +257,32 @@ static void choose_items(attend_job *job, int64_t items) {
     job->items /= 2;
 }
 
+/* One row: runs of tiles; their number, which the bits depend on, follows from the keys
+ * alone. */
 static void choose_runs(attend_job *job) {
   int64_t tiles = job->tiles[0] + job->tiles[1];
   job->items = acre_min(RUN_ITEMS, job->group);
-  job->run_tiles = acre_max(RUN_TILES, acre_ceil_div(tiles, RUNS));
+  job->kv_heads = acre_min(RUN_ITEMS / job->items, job->heads->kv_heads);
+  job->run_tiles = acre_ceil_div(tiles, RUNS);
   job->runs = acre_ceil_div(tiles, job->run_tiles);
-  job->slot = job->items * (acre_padded(job->heads->head_dim) + 2);
+  job->slot = job->kv_heads * job->items * (acre_padded(job->heads->head_dim) + 2);
 }
 
 static void run_tasks(attend_job *job, int64_t tasks) {
   acre_pool *pool = job->queue->pool;
+  job->chunk = 1;
+  job->tasks = tasks;
   if (job->runs == 1) {
     acre_pool_run(pool, attend_task, job, tasks);
     return;
   }
   int64_t batch = ACRE_SHARED_FLOATS / (job->runs * job->slot) * job->runs;
   for (; job->first < tasks; job->first += batch) {
-    int64_t some = acre_min(batch, tasks - job->first);
-    acre_pool_run(pool, attend_task, job, some);
-    acre_pool_run(pool, join_task, job, some / job->runs);
+    job->tasks = acre_min(batch, tasks - job->first);
+    job->chunk = acre_ceil_div(job->tasks, 2 * acre_pool_threads(pool));
+    acre_pool_run(pool, attend_task, job, acre_ceil_div(job->tasks, job->chunk));
+    acre_pool_run(pool, join_task, job,
+                  job->tasks / job->runs * job->kv_heads * job->items);
   }
 }
 
@@ -268,6 +301,7 @@ void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const flo
                     .heads = heads,
                     .group = heads->heads / heads->kv_heads,
                     .scale = acre_cpu_logit_scale(heads),
+                    .kv_heads = 1,
                     .runs = 1};
   if (prefix) job.segment[0] = *prefix;
   job.segment[1] = *own;
@@ -279,5 +313,6 @@ void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const flo
     choose_runs(&job);
   else
     choose_items(&job, items);
-  run_tasks(&job, acre_ceil_div(items, job.items) * heads->kv_heads * job.runs);
+  job.kv_blocks = acre_ceil_div(heads->kv_heads, job.kv_heads);
+  run_tasks(&job, acre_ceil_div(items, job.items) * job.kv_blocks * job.runs);
 }

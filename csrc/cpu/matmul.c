@@ -177,7 +177,7 @@ void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *ho
 
 /* ---------------------------------------------------------------- product */
 
-#define BLOCK_ROWS 120 /* a multiple of every tile_rows */
+#define BLOCK_ROWS 144 /* a multiple of every tile_rows */
 #define BLOCK_K \
   384                   /* float32 numbers of K, or as many bytes of bf16 ones: a multiple
                            of every pack_k; a group of panels stays in L1 */
