@@ -119,6 +119,25 @@ V_INLINE void v_narrow(uint16_t *to, vf x) {
   _mm_storeu_si128((__m128i *)to, packed);
 }
 
+/* x[i][j] = x[j][i], 8 by 8. */
+V_INLINE void v_transpose(vf x[8]) {
+  vf a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) { /* halves of columns i % 4, of rows i to i + 3 */
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
 V_INLINE float v_first(vf x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
 
 /* First step of a tree: lanes i and i + 8 of the 16 in x. */

@@ -113,6 +113,31 @@ V_INLINE void v_narrow(uint16_t *to, vf x) {
   _mm256_storeu_si256((__m256i *)to, packed);
 }
 
+/* x[i][j] = x[j][i], 16 by 16. */
+V_INLINE void v_transpose(vf x[16]) {
+  vf a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) { /* quarters of columns i % 4, of rows i to i + 3 */
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) { /* quarters of rows i, i + 4, i + 8, i + 12 */
+    vf c = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    vf d = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    vf e = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    vf f = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(c, e, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(c, e, 0xdd);
+    x[i + 4] = _mm512_shuffle_f32x4(d, f, 0x88);
+    x[i + 12] = _mm512_shuffle_f32x4(d, f, 0xdd);
+  }
+}
+
 V_INLINE float v_first(vf x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
 
 /* First step of a tree: lanes i and i + 8 of the 16 in x. */
