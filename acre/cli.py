@@ -312,7 +312,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="PATH", help="trained L1 parameters")
     group.add_argument("--dtype", default="bf16", choices=("bf16", "f32"))
     group.add_argument(
-        "--weights", default="same", choices=("same", "q8"), help="q8: 8 bits, bf16 only"
+        "--weights", default="same", choices=("same", "q8"), help="q8: 8 bits each"
     )
     group.add_argument("--threads", type=int, default=0, help="0 = usable cores")
 

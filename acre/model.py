@@ -273,8 +273,8 @@ class Model:
         config: the content of a Hugging Face config.json. arrays: NumPy arrays or
         DLPack producers on the CPU by Hugging Face name; uint16 arrays are bf16 bits.
         tokenizer: an acre.Tokenizer, what `Tokenizer.wrap` takes, or a directory with
-        tokenizer.json. weights and errors as `from_pretrained`; ValueError names the tensor that is
-        missing, unknown, of another shape or not finite.
+        tokenizer.json. weights and errors as `from_pretrained`; ValueError names the
+        tensor that is missing, unknown, of another shape or not finite.
         """
         dtype, engine = check_dtype(dtype), _engine(device, threads)
         kept = check_weights(weights, dtype)

@@ -434,7 +434,8 @@ class Cache:
             keys = model.stored(model.rotate(keys)) if rotated else keys
             keys = np.repeat(keys, model.h // model.g, axis=1)
             q = (layer.q_rotated if rotated else layer.q)[first:last]
-            logits = np.einsum("ihd,jhd->hij", model.stored(q), keys) / math.sqrt(model.d)
+            q = model.stored(q) / math.sqrt(model.d)
+            logits = np.einsum("ihd,jhd->hij", q, keys)
             out[i] = softmax(logits)[use[i]].sum(axis=(0, 1))
         return out if select == "per_layer" else out.sum(axis=0)
 
