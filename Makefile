@@ -18,11 +18,12 @@ BUILD   := build/c
 JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
 
-.PHONY: help build test ctest demo bench asan tsan fmt lint wheel clean
+.PHONY: help build test ctest demo bench bench-check bench-peers asan tsan fmt lint wheel \
+        clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 13
 
 # ------------------------------------------------------------------ Python
 
@@ -56,8 +57,11 @@ test: $(VENV)/.tools ## all tests: C, sanitizers, lint, Python
 bench: $(VENV)/.tools ## the CPU benchmark table
 	$(BIN)/python benchmarks/bench_cpu.py
 
+bench-check: $(VENV)/.tools $(BUILD)/bench_kernels $(BUILD)/count_kernels ## has anything become slower?
+	$(BIN)/python benchmarks/bench_check.py $(BUILD) $(if $(UPDATE),--update)
+
 # llama-cpp-python is compiled for this processor: some ten minutes on two cores.
-benchpeers: $(VENV)/.tools ## acre beside transformers and llama.cpp, in one run
+bench-peers: $(VENV)/.tools ## acre beside transformers and llama.cpp, in one run
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/bench_peers.py
 
@@ -78,7 +82,10 @@ $(BUILD)/libacre.a: $(OBJECTS)
 $(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
-$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h $(BUILD)/libacre.a
+$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h tests/c/cases.h $(BUILD)/libacre.a
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
+
+$(BUILD)/count_kernels: benchmarks/count_kernels.c $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
 ctest: $(CTESTS:%=$(BUILD)/%) ## the C library alone and its tests
@@ -95,7 +102,8 @@ tsan: ## C tests of threads under ThreadSanitizer
 # ------------------------------------------------------------------ style
 
 fmt: ## clang-format and ruff format
-	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] acre/binding/*.[ch] tests/c/*.[ch]
+	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc acre/binding/*.[ch] \
+	  tests/c/*.[ch] benchmarks/*.[ch]
 	$(BIN)/ruff format .
 
 lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed

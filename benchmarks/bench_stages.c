@@ -432,8 +432,7 @@ int main(int argc, char **argv) {
   bool trained = argc > 3 && strcmp(argv[3], "trained") == 0;
   const char *numbers = argc > 4 ? argv[4] : "bf16";
   acre_dtype dtype = strcmp(numbers, "f32") == 0 ? ACRE_F32 : ACRE_BF16;
-  acre_weights weights =
-      strcmp(numbers, "q8") == 0 ? ACRE_WEIGHTS_Q8 : ACRE_WEIGHTS_SAME;
+  acre_weights weights = strcmp(numbers, "q8") == 0 ? ACRE_WEIGHTS_Q8 : ACRE_WEIGHTS_SAME;
   acre_engine_options options = acre_engine_options_default();
   options.threads = argc > 5 ? atoi(argv[5]) : 0;
   acre_error error;
@@ -443,9 +442,8 @@ int main(int argc, char **argv) {
   limits.flops = measure_flops(pool, acre_engine_isa(engine), dtype);
   limits.bytes = measure_read(pool);
   printf("%s, %s, %s, %d threads, %s: peak %.0f GFLOP/s, read %.1f GB/s\n", s->name,
-         numbers, trained ? "trained" : "pooled",
-         acre_engine_threads(engine), acre_engine_isa(engine), limits.flops * 1e-9,
-         limits.bytes * 1e-9);
+         numbers, trained ? "trained" : "pooled", acre_engine_threads(engine),
+         acre_engine_isa(engine), limits.flops * 1e-9, limits.bytes * 1e-9);
   acre_model *model = make_model(engine, s, dtype, weights, trained);
   watch(engine);
   int32_t *ids = random_ids(acre_max(n, 2048), s->vocab);

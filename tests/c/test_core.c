@@ -147,6 +147,25 @@ static void test_allocation_failures(acre_proxy proxy) {
   CHECK(finished);
 }
 
+/* Decoding works where every allocation fails: it makes none. */
+static void test_decoding_allocates_nothing(acre_model *model) {
+  int32_t ids[70], groups[2] = {1, 3}, token;
+  acre_error error = {0};
+  tiny_ids(ids, 70, 12);
+  acre_build_options options = tiny_options(ACRE_PROXY_POOLED);
+  acre_cache *cache = tiny_build(model, &options, NULL, 0, ids, 70, &error);
+  acre_session *session;
+  CHECK(acre_session_open(&session, model, cache, 20, &error) == ACRE_OK);
+  CHECK(acre_session_refill(session, groups, 2, false, &error) == ACRE_OK);
+  CHECK(acre_session_prefill(session, ids, 5, NULL, &error) == ACRE_OK);
+  acre_alloc_fail_at(1);
+  for (int i = 0; i < 8; ++i)
+    CHECK(acre_session_next(session, &token, NULL, &error) == ACRE_OK);
+  acre_alloc_fail_at(0);
+  acre_session_release(session);
+  acre_cache_release(cache);
+}
+
 static void test_refusals(acre_model *model) {
   int32_t ids[50], bad[1] = {TINY_VOCAB}, answer[2];
   acre_error error = {0};
@@ -222,6 +241,7 @@ int main(void) {
       CHECK(model != NULL);
       test_plan(model);
       test_refusals(model);
+      test_decoding_allocates_nothing(model);
       for (int proxy = 0; proxy < 2; ++proxy) {
         test_ask_many(model, (acre_proxy)proxy);
         test_extend(model, (acre_proxy)proxy, 0, 4);
