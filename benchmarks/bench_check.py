@@ -27,7 +27,7 @@ from bench_cpu import processor
 
 BASELINE = pathlib.Path(__file__).with_name("baseline.json")
 PEAK, READ, COUNT = 0.8, 0.7, 1.02  # of the baseline that are still no regression
-ROW = re.compile(r"^(.{36}) +(\d+) threads .* (\d+)% peak +(\d+)% read$")
+ROW = re.compile(r"^(\S.*?) +(\d+) threads .* (\d+)% peak +(\d+)% read$")
 HEAD = re.compile(r"^\d+ threads, (\w+): peak")
 
 

@@ -24,7 +24,7 @@ static const char *filter = "";
 static void report(const char *name, int32_t threads, double seconds, double flops,
                    double bytes) {
   measure_peak();
-  printf("%-36s %2d threads %9.3f ms %8.1f GFLOP/s %6.1f GB/s  %3.0f%% peak %3.0f%% read\n",
+  printf("%-40s %2d threads %9.3f ms %8.1f GFLOP/s %6.1f GB/s  %3.0f%% peak %3.0f%% read\n",
          name, threads, seconds * 1e3, flops / seconds * 1e-9, bytes / seconds * 1e-9,
          100e-9 * flops / seconds / *peak_gflops, 100e-9 * bytes / seconds / peak_gbytes);
   fflush(stdout);
