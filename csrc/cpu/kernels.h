@@ -109,7 +109,8 @@ typedef struct acre_kernels {
   void (*rope)(float *y, const float *x, const float *cos, const float *sin, int64_t half);
 } acre_kernels;
 
-/* The table for these features: fills with the reference, then climbs the ladder. */
+/* The table for these features: fills with the reference, then climbs the ladder. Of q8 a
+ * rung fills `unpack` and `thin`; the rest follows from bf16. */
 acre_kernels acre_cpu_kernels(uint32_t features);
 
 void acre_kernels_scalar(acre_kernels *table);

@@ -369,11 +369,18 @@ void acre_kernels_scalar(acre_kernels *table) {
       .swiglu = swiglu,
       .rope = rope,
   };
-  table->q8 = table->of[ACRE_BF16];
-  table->q8.pack_k = ACRE_Q8_K;
-  table->q8.pack_bytes = ACRE_Q8_BYTES;
   table->q8.unpack = unpack_q8;
   table->q8.thin = acre_thin_unpacked;
+}
+
+/* q8 is bf16 but for how weights are kept. */
+static void complete_q8(acre_kernels *table) {
+  acre_typed q8 = table->of[ACRE_BF16];
+  q8.pack_k = ACRE_Q8_K;
+  q8.pack_bytes = ACRE_Q8_BYTES;
+  q8.unpack = table->q8.unpack;
+  q8.thin = table->q8.thin;
+  table->q8 = q8;
 }
 
 acre_kernels acre_cpu_kernels(uint32_t features) {
@@ -381,5 +388,6 @@ acre_kernels acre_cpu_kernels(uint32_t features) {
   acre_kernels_scalar(&table);
   acre_kernels_avx2(&table, features);
   acre_kernels_avx512(&table, features);
+  complete_q8(&table);
   return table;
 }
