@@ -6,7 +6,7 @@
 
 #define V_LANES 16
 #define V_MAX_ROWS 12 /* with two panels: 24 accumulators */
-#define V_GROUP(rows) ((rows) == 1 ? 8 : (rows) <= 6 ? 4 : (rows) == 7 ? 3 : 2)
+#define V_GROUP(rows) ((rows) == 1 ? 8 : (rows) <= 6 ? 4 : 2)
 #define V_INLINE static inline __attribute__((always_inline))
 
 typedef __m512 vf;
