@@ -141,9 +141,9 @@ typedef struct acre_backend_ops {
   /* ---- attention. q [rows, h, d] float32, already rotated; out [rows, h, d] of T; row
    * strides in elements. Query row i sees all of `prefix` (nullable) and keys [0, seen + i]
    * of `own`, where own->count >= seen + rows. Head c uses KV head c / (h/g). Logits
-   * T(q).k / sqrt(d) + bias; softmax in float32 over everything seen, its weights rounded
-   * to T once they are whole powers of two away from their sum. `own` may be any count
-   * beyond what is seen. A row's result does not depend on the other rows; with `split` a
+   * T(q).k / sqrt(d) + bias; softmax over everything seen, whose weights are exp(logit)
+   * times a power of two that the row chooses, in float32, then rounded to T; their sum is
+   * of the rounded ones. `own` may be any count beyond what is seen. A row's result does not depend on the other rows; with `split` a
    * single row may share its keys out to many workers and sum in another order. */
   void (*attend)(acre_queue *, void *out, int64_t out_stride, const float *q,
                  int64_t q_stride, const acre_keys *prefix, const acre_keys *own,

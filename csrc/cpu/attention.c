@@ -249,12 +249,15 @@ static void join_task(void *context, int64_t index, int32_t worker) {
 
 /* ---------------------------------------------------------------- operation */
 
-/* Several rows: fewer items per task where there would be too few tasks. */
+/* Several rows: fewer items per task where there would be too few tasks, and as many in
+ * each. */
 static void choose_items(attend_job *job, int64_t items) {
   int64_t threads = acre_pool_threads(job->queue->pool), g = job->heads->kv_heads;
   job->items = items_of(acre_padded(job->heads->head_dim));
   while (job->items > 24 && acre_ceil_div(items, job->items) * g < 2 * threads)
     job->items /= 2;
+  int64_t even = acre_ceil_div(items, acre_ceil_div(items, job->items));
+  job->items = acre_round_up(even, job->T->tile_rows);
 }
 
 /* One row: runs of tiles; their number, which the bits depend on, follows from the keys

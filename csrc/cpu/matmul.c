@@ -3,9 +3,9 @@
  *
  * A task owns a block of rows and a range of columns of y and goes over K in blocks. It
  * copies its rows of x, takes one group of panels at a time, as operands of the table,
- * and lets the tile kernel add into a float32 block of its own. Partial sums are stored and reloaded as they are, so neither blocking nor
- * the number of rows shows in the bits: a row of a large product equals the same row
- * alone. */
+ * and lets the tile kernel add into a float32 block of its own. Partial sums are stored
+ * and reloaded as they are, so neither blocking nor the number of rows shows in the
+ * bits: a row of a large product equals the same row alone. */
 #include "matmul.h"
 
 #include <math.h>
@@ -113,7 +113,7 @@ static uint16_t q8_scale(float x) {
   return acre_from_bf16(scale) * 127 < x ? scale + 1 : scale;
 }
 
-/* Column j of one block of q8. */
+/* Column j of one block of q8. What is not finite is stored as 0: the caller is told. */
 static void store_q8(char *block, int64_t j, const float *x, int64_t count) {
   float highest = 0.0f;
   for (int64_t i = 0; i < count; i++) highest = fmaxf(highest, fabsf(x[i]));
@@ -121,7 +121,8 @@ static void store_q8(char *block, int64_t j, const float *x, int64_t count) {
   memcpy(block + j * (int64_t)sizeof scale, &scale, sizeof scale);
   int8_t *q = (int8_t *)block + 2 * ACRE_PANEL;
   for (int64_t i = 0; i < count; i++) {
-    float quotient = highest > 0 ? rintf(x[i] / acre_from_bf16(scale)) : 0.0f;
+    float quotient = rintf(x[i] / acre_from_bf16(scale)); /* 0 / 0 in a block of zeros */
+    if (!(fabsf(quotient) <= 127)) quotient = 0.0f;
     q[i / 2 * (2 * ACRE_PANEL) + 2 * j + i % 2] = (int8_t)quotient;
   }
 }

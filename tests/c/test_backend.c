@@ -201,6 +201,19 @@ static void test_fill(void) {
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(!finite);
   ops->matrix_release(W);
+  float worse[6] = {1, NAN, -INFINITY, 0, 0, 0}; /* q8: told, and stored as something */
+  acre_array rows = {worse, ACRE_F32, 2, {2, 3}, {3, 1}};
+  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_Q8, NULL) ==
+        ACRE_OK);
+  finite = true;
+  ops->matrix_fill(W, 0, &rows, &finite);
+  CHECK(!finite);
+  rows.data = worse + 3, rows.shape[0] = 1, finite = true; /* a block of zeros */
+  ops->matrix_fill(W, 0, &rows, &finite);
+  uint16_t ones[3] = {0x3f80, 0x3f80, 0x3f80};
+  ops->matmul(queues[0], y, 4, ones, W, NULL, 1, false);
+  CHECK(finite && y[0] == 0.0f && y[3] == 0.0f);
+  ops->matrix_release(W);
   acre_error error;
   CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_Q8, &error) ==
             ACRE_UNSUPPORTED &&

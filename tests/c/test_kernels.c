@@ -374,7 +374,7 @@ static void run_softmax(const acre_typed *T, softmax_state *state, const float *
 /* Half a step of bf16 more where the weights are rounded. */
 static bool softmax_right(const softmax_state *state, const float *logits,
                           const float *bias, int64_t n, float scale, acre_dtype dtype) {
-  double x[2 * ACRE_KEY_TILE], max = -INFINITY, sum = 0.0, added = 0.0;
+  double x[2 * ACRE_KEY_TILE], max = -INFINITY, sum = 0.0;
   double half = dtype == ACRE_BF16 ? 0x1p-8 : 0.0;
   int64_t count = ACRE_KEY_TILE + n;
   for (int64_t j = 0; j < count; j++) {
@@ -388,7 +388,7 @@ static bool softmax_right(const softmax_state *state, const float *logits,
     if (j < ACRE_KEY_TILE) p *= state->factor[1];
     double exact = exp2(x[j] - state->origin), error = EPS * (4 + 4 * fabs(x[j])) + half;
     if (!(fabs(p - exact) <= error * exact + 1e-37)) return false;
-    sum += p, added += p;
+    sum += p;
   }
   for (int64_t j = n; j < ACRE_KEY_TILE; j++)
     if (state->p[1][j] != 0.0f) return false;
