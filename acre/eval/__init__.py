@@ -1,0 +1,1 @@
+"""Evaluation: tasks, methods and metrics behind `acre eval` and `acre.evaluate`."""
