@@ -233,6 +233,15 @@ ACRE_API acre_status acre_builder_open(acre_builder **out, acre_model *model,
                                        const acre_build_options *options,
                                        const acre_cache *from, int64_t keep,
                                        const int32_t *ids, int64_t n, acre_error *error);
+/* Keeps -log p of every token as it is read: allowed once, before the first step. Reading
+ * then runs the last layer and the head too. 4 n bytes, and 64 rows of logits. */
+ACRE_API acre_status acre_builder_keep_losses(acre_builder *builder, acre_error *error);
+/* losses [acre_builder_tokens]: nats per token given all that it may see before it (METHOD.md,
+ * section 3); NaN for the first token and for those not read by this builder. */
+ACRE_API acre_status acre_builder_losses(float *losses, acre_builder *builder,
+                                         acre_error *error);
+ACRE_API int64_t acre_builder_tokens(const acre_builder *builder); /* n, in all */
+
 /* Reads at most one window's worth of tokens; *done = tokens read so far out of *total.
  * Finished when they are equal. After ACRE_DEVICE only release is allowed. */
 ACRE_API acre_status acre_builder_step(acre_builder *builder, int64_t *done, int64_t *total,

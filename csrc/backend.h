@@ -102,6 +102,12 @@ typedef struct acre_backend_ops {
   void (*swiglu)(acre_queue *, void *y, const void *x, const acre_matrix *gate,
                  const acre_matrix *up, int64_t rows);
 
+  /* out[i] = log(sum over c of exp(logits[i, c])) - logits[i, target[i]], or 0 where target[i]
+   * is -1. logits [rows, vocab] float32; the sum is of float32 exponentials of differences to
+   * the row's highest logit, added up in double. target on the device. */
+  void (*cross_entropy)(acre_queue *, float *out, const float *logits,
+                        const int32_t *target, int64_t rows, int64_t vocab);
+
   /* y[i] = x[index[i]], and y[index[i]] = x[i]: rows of row_bytes bytes, dense; index on
    * the device. */
   void (*gather_rows)(acre_queue *, void *y, const void *x, const int32_t *index,

@@ -9,7 +9,9 @@
  *   resident.count == plan.m (so far) + middle + entries of the open window
  */
 #include "cache.h"
+#include "loss.h"
 
+#include <math.h>
 #include <string.h>
 
 struct acre_builder {
@@ -19,6 +21,8 @@ struct acre_builder {
   acre_nested nested;
   acre_workspace ws;
   acre_timeline resident;
+  int64_t tokens;       /* n */
+  int64_t first;        /* token that this builder began with */
   int64_t read;         /* tokens read */
   int64_t window_start; /* first token of the open window */
   int64_t m;            /* L1 entries so far */
@@ -27,6 +31,10 @@ struct acre_builder {
   acre_span *spans;     /* enough for any one move */
   const void **pool;    /* [groups of a window * l] row pointers; pooled proxies only */
   acre_buffer *staging; /* [groups of a window] rows; trained proxies only */
+  acre_loss loss;       /* open where losses are kept */
+  float *losses;        /* [n], NULL: not kept */
+  float *row_loss;      /* [ws.rows] */
+  int32_t *targets;     /* [ws.rows] */
   bool spent;
 };
 
@@ -188,6 +196,22 @@ static bool window_full(const acre_builder *b) {
          b->read == acre_nested_window_end(&b->nested, b->window_start);
 }
 
+/* Losses of the tokens that the last pass's rows predict: a row predicts the entry behind it,
+ * where that is a token of the text. The pass held tokens [read, read + taken). */
+static void measure(acre_builder *b, int64_t rows, int64_t taken) {
+  int32_t l1_id = (int32_t)b->model->config.vocab_size;
+  int64_t n = b->cache->plan.n, next = b->read + taken;
+  int32_t after = next < n ? b->cache->ids[next] : -1;
+  for (int64_t i = 0; i < rows; ++i) {
+    int32_t id = i + 1 < rows ? b->nested_ids[i + 1] : after;
+    b->targets[i] = id == l1_id && b->nested.l1_tokens ? -1 : id;
+  }
+  acre_loss_run(&b->loss, b->row_loss, b->targets, b->model, &b->ws, rows);
+  for (int64_t i = 0, token = b->read + 1; i < rows; ++i) {
+    if (b->targets[i] >= 0) b->losses[token++] = b->row_loss[i];
+  }
+}
+
 /* To the end of the open window or of the text. A failure leaves a window that the next call
  * goes on with. */
 static acre_status read_window(acre_builder *b, acre_error *error) {
@@ -201,8 +225,9 @@ static acre_status read_window(acre_builder *b, acre_error *error) {
                       .rows = acre_nested_length(&b->nested, b->read, b->read + taken),
                       .own = &b->resident,
                       .layers = b->model->config.layers,
-                      .keys_only = true};
+                      .keys_only = !b->losses};
     acre_forward(b->model, &b->ws, &pass);
+    if (b->losses) measure(b, pass.rows, taken);
     b->read += taken;
   }
   return window_full(b) ? close_window(b, error)
@@ -219,6 +244,37 @@ acre_status acre_builder_step(acre_builder *b, int64_t *done, int64_t *total,
   if (total) *total = b->cache->plan.n;
   return leave(b, status);
 }
+
+acre_status acre_builder_keep_losses(acre_builder *b, acre_error *error) {
+  ACRE_TRY(enter(b, error));
+  acre_status status = ACRE_OK;
+  int64_t n = b->cache->plan.n;
+  if (b->spent || b->losses || b->read != b->first) {
+    status = acre_fail(error, ACRE_BAD_STATE, "losses: ask for them before reading");
+  } else {
+    status = acre_loss_open(&b->loss, b->model, error);
+  }
+  if (status != ACRE_OK) return leave(b, status);
+  b->row_loss = acre_alloc((size_t)b->ws.rows * sizeof *b->row_loss);
+  b->targets = acre_alloc((size_t)b->ws.rows * sizeof *b->targets);
+  b->losses = b->row_loss && b->targets ? acre_alloc((size_t)n * sizeof *b->losses) : NULL;
+  if (!b->losses) {
+    return leave(b, acre_fail(error, ACRE_NO_MEMORY, "losses: out of memory"));
+  }
+  for (int64_t i = 0; i < n; ++i) b->losses[i] = NAN;
+  return leave(b, ACRE_OK);
+}
+
+acre_status acre_builder_losses(float *losses, acre_builder *b, acre_error *error) {
+  ACRE_TRY(enter(b, error));
+  if (!b->losses) {
+    return leave(b, acre_fail(error, ACRE_BAD_STATE, "losses: were not asked for"));
+  }
+  memcpy(losses, b->losses, (size_t)b->tokens * sizeof *losses);
+  return leave(b, ACRE_OK);
+}
+
+int64_t acre_builder_tokens(const acre_builder *b) { return b->tokens; }
 
 /* ---------------------------------------------------------------- freezing */
 
@@ -358,7 +414,7 @@ static acre_status thaw(acre_builder *b, const acre_cache *from, int64_t keep,
     rotate(b, &b->resident, layer, row, open);
   }
   b->resident.count += open;
-  b->read = keep;
+  b->read = b->first = keep;
   return b->model->backend->ops->sync(b->ws.queue, error);
 }
 
@@ -367,6 +423,7 @@ static acre_status open_builder(acre_builder *b, const acre_plan *plan, acre_pro
                                 acre_error *error) {
   ACRE_TRY(check_memory(plan, error));
   b->nested = acre_plan_nested(plan, proxy);
+  b->tokens = plan->n;
   ACRE_TRY(acre_cache_new(&b->cache, b->model, plan, proxy, ids, error));
   ACRE_TRY(open_scratch(b, error));
   return from ? thaw(b, from, keep, error) : ACRE_OK;
@@ -436,11 +493,15 @@ void acre_builder_release(acre_builder *b) {
     acre_workspace_close(&b->ws, b->model);
     acre_timeline_close(&b->resident);
     acre_buffer_release(b->staging);
+    acre_loss_close(&b->loss);
     acre_cache_release(b->cache);
     acre_model_release(b->model);
   }
   acre_free(b->spans);
   acre_free(b->pool);
   acre_free(b->nested_ids);
+  acre_free(b->losses);
+  acre_free(b->row_loss);
+  acre_free(b->targets);
   acre_free(b);
 }

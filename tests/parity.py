@@ -312,6 +312,7 @@ class Comparison:
 
     def run(self) -> dict[str, Error]:
         self.logits()
+        self.losses()
         self.cache()
         scores = self.scores()
         self.answer(scores["score shared rotated"])
@@ -322,6 +323,17 @@ class Comparison:
         session = self.core.Session(self.model, capacity=self.case.asked)
         rows = session.prefill(self.question, logits=True)
         self.keep("logits", error(rows, self.reference.logits(self.question)))
+
+    def losses(self) -> None:
+        builder = self.core.Builder(
+            self.model, self.oracle.ids, losses=True, **self.case.options
+        )
+        done, total = 0, 1
+        while done < total:
+            done, total = builder.step()
+        ours = builder.losses()
+        assert np.isnan(ours[0])
+        self.keep("losses", error(ours[1:], self.oracle.losses[1:]))
 
     def cache(self) -> None:
         for part in PARTS:

@@ -339,8 +339,10 @@ class Cache:
     ids: Array
     shape: Shape
     store: list[dict[str, Array]] = field(default_factory=list)
+    losses: Array = field(init=False)  # [n], -log p of each token; nan for the first
 
     def __post_init__(self) -> None:
+        self.losses = np.full(self.shape.n, np.nan)
         rows = {"L1": self.shape.n // self.shape.interval, "L2": self.shape.n}
         for _ in range(self.model.layers):
             self.store.append(
@@ -370,10 +372,18 @@ class Cache:
         """Processes the entries over the resident ones; stores keys and values."""
         ids = [self.model.vocab if kind == "L1" else self.ids[i] for kind, i in entries]
         past = [self.gather(i, resident) for i in range(self.model.layers)]
-        _, made = self.model.forward(np.array(ids), past)
+        hidden, made = self.model.forward(np.array(ids), past)
+        self.measure(self.model.head(hidden), entries)
         for store, layer in zip(self.store, made, strict=True):
             for row, (kind, i) in enumerate(entries):
                 store[kind + "k"][i], store[kind + "v"][i] = layer.k[row], layer.v[row]
+
+    def measure(self, logits: Array, entries: list[Entry]) -> None:
+        """Losses of the tokens that entries' logits predict: the entry behind each."""
+        after = ("L2", 1 + max(i for kind, i in entries if kind == "L2"))
+        for row, (kind, i) in zip(logits, [*entries[1:], after], strict=True):
+            if kind == "L2" and i < self.shape.n:
+                self.losses[i] = -np.log(softmax(row)[self.ids[i]])
 
     def pool(self, stop: int) -> None:
         """The pooled L1 entries of the groups that are complete before token `stop`."""

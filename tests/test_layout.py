@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
     acre base bf16 status platform buffer tensor pool backend engine rope model
-    timeline forward nested select l2 cache build score refill decode session
+    timeline forward loss nested select l2 cache build score refill decode session
 """.split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 

@@ -369,6 +369,46 @@ def test_a_window_over_everything_is_full_attention(family: str, dtype: str) -> 
     assert parity.error(rows, reference.logits(whole)[-6:]).worst <= worst
 
 
+def read_with_losses(model: Any, ids: np.ndarray, **options: Any) -> tuple[Any, Any]:
+    """(frozen cache, losses of its builder)."""
+    builder = _core.Builder(model, ids, losses=True, **options)
+    while len(set(builder.step())) > 1:
+        pass
+    losses = builder.losses()
+    return builder.freeze(), losses
+
+
+@pytest.mark.parametrize("proxy", ["pooled", "trained"])
+def test_losses_change_nothing_else(proxy: str) -> None:
+    """And those of one window are full attention's."""
+    model, _ = models(Case(*STRADDLING[:5], proxy=proxy))
+    ids, options = tiny.ids(1, 103), {"eta": 0, "proxy": proxy, "interval": 7}
+    cache, _ = read_with_losses(model, ids, window=30, stride=17, **options)
+    plain = build(model, ids, window=30, stride=17, **options)
+    assert everything(cache) == everything(plain)
+    if proxy == "pooled":
+        _, losses = read_with_losses(model, ids, window=104, **options)
+        logits = _core.Session(model, capacity=103).prefill(ids, logits=True)
+        rows = logits.astype(np.float64)[:-1]
+        total = np.log(np.exp(rows).sum(axis=1))
+        expected = total - rows[np.arange(102), ids[1:]]
+        assert np.abs(losses[1:] - expected).max() < 1e-6 * expected.max()
+
+
+def test_losses_only_when_asked_for() -> None:
+    model, _ = models(STRADDLING)
+    with pytest.raises(RuntimeError, match="losses"):
+        _core.Builder(model, tiny.ids(1, 50)).losses()
+    with pytest.raises(TypeError, match="losses"):
+        _core.Builder(model, tiny.ids(1, 50), losses=2)
+    base = build(model, tiny.ids(1, 50), interval=8, window=16, stride=16, eta=0)
+    more = _core.Builder(model, tiny.ids(2, 9), base=base, losses=True)
+    while len(set(more.step())) > 1:
+        pass
+    known = ~np.isnan(more.losses())
+    assert known.tolist() == [False] * 51 + [True] * 8
+
+
 @pytest.mark.parametrize("proxy", ["pooled", "trained"])
 def test_refilling_everything(proxy: str) -> None:
     case = STRADDLING._replace(proxy=proxy)

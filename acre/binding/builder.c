@@ -13,7 +13,7 @@ typedef struct builder_object {
 } builder_object;
 
 typedef struct builder_arguments {
-  PyObject *model, *ids, *base, *keep;
+  PyObject *model, *ids, *base, *keep, *losses;
   PyObject *options[RECORD_MAX_FIELDS];
 } builder_arguments;
 
@@ -33,8 +33,20 @@ static int read_base(const binding_state *state, const builder_arguments *args,
   return args->keep ? argument_int64(args->keep, "keep", keep) : 0;
 }
 
+/* The builder told to keep losses where `losses` is true; NULL with an exception, and the
+ * builder released, where that fails. */
+static acre_builder *with_losses(const binding_state *state, acre_builder *builder,
+                                 bool losses) {
+  acre_error error;
+  if (!losses || acre_builder_keep_losses(builder, &error) == ACRE_OK) return builder;
+  acre_builder_release(builder);
+  return errors_raise(state, &error);
+}
+
 static acre_builder *open_builder(const binding_state *state,
                                   const builder_arguments *args) {
+  bool losses = false;
+  if (args->losses && argument_bool(args->losses, "losses", &losses) < 0) return NULL;
   acre_model *model = model_take_ready(state, args->model, "model");
   if (!model) return NULL;
   acre_build_options options = acre_build_options_default();
@@ -56,19 +68,19 @@ static acre_builder *open_builder(const binding_state *state,
   WITHOUT_GIL(status = acre_builder_open(&builder, model, from ? NULL : &options, from,
                                          keep, ids, n, &error));
   PyMem_RawFree(ids);
-  if (status != ACRE_OK) errors_raise(state, &error);
-  return builder;
+  if (status != ACRE_OK) return errors_raise(state, &error);
+  return with_losses(state, builder, losses);
 }
 
 static PyObject *builder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"model",  "ids",   "proxy", "interval", "window",
                           "stride", "carry", "eta",   "reserve",  "weight",
-                          "sink",   "base",  "keep",  NULL};
+                          "sink",   "base",  "keep",  "losses",   NULL};
   builder_arguments a = {0};
   PyObject **o = a.options;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOOO:Builder", names, &a.model,
-                                   &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6],
-                                   &o[7], &o[8], &a.base, &a.keep))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOOOO:Builder", names,
+                                   &a.model, &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4],
+                                   &o[5], &o[6], &o[7], &o[8], &a.base, &a.keep, &a.losses))
     return NULL;
   if (a.keep == Py_None) a.keep = NULL;
   builder_object *self = (builder_object *)type->tp_alloc(type, 0);
@@ -126,6 +138,20 @@ static PyObject *builder_model(builder_object *self, void *closure) {
   return Py_NewRef(self->model);
 }
 
+static PyObject *builder_losses(builder_object *self, PyObject *unused) {
+  (void)unused;
+  int64_t shape[1] = {acre_builder_tokens(self->builder)};
+  Py_buffer buffer;
+  PyObject *losses = result_array("float32", 1, shape, &buffer);
+  if (!losses) return NULL;
+  acre_error error;
+  acre_status status = acre_builder_losses(buffer.buf, self->builder, &error);
+  PyBuffer_Release(&buffer);
+  if (status == ACRE_OK) return losses;
+  Py_DECREF(losses);
+  return errors_raise(state_of((PyObject *)self), &error);
+}
+
 PyDoc_STRVAR(step_doc,
              "step($self, /)\n--\n\n"
              "Reads at most one window; returns (tokens read so far, tokens in all).\n\n"
@@ -135,10 +161,17 @@ PyDoc_STRVAR(freeze_doc,
              "freeze($self, /)\n--\n\n"
              "Ends a finished build and returns its Cache; the builder is spent.\n\n"
              "Raises RuntimeError before the last step and after freeze().");
+PyDoc_STRVAR(losses_doc,
+             "losses($self, /)\n--\n\n"
+             "-log p of every token in nats, float32 [n], given what it may see before "
+             "it.\n\n"
+             "nan for the first token and for those not read by this builder. Raises\n"
+             "RuntimeError where the builder was not opened with losses=True.");
 PyDoc_STRVAR(
     builder_doc,
     "Builder(model, ids, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-    "carry=0, eta=4096, reserve=0, weight=0, sink=0, base=None, keep=None)\n--\n\n"
+    "carry=0, eta=4096, reserve=0, weight=0, sink=0, base=None, keep=None, "
+    "losses=False)\n--\n\n"
     "Reads token ids [n] into a bi-layer cache, one window per step().\n\n"
     "ids: a one-dimensional array or sequence of integers, each within the "
     "vocabulary.\n"
@@ -149,12 +182,13 @@ PyDoc_STRVAR(
     "window. eta, reserve: positions to leave for refilling and for question and "
     "answer.\n"
     "With base, a Cache, that text is continued: its first keep tokens stay (default:\n"
-    "all), ids follow them, and its options hold. Raises ValueError, and TooLongError\n"
-    "before any work.");
+    "all), ids follow them, and its options hold. losses: keep -log p of every token,\n"
+    "for .losses. Raises ValueError, and TooLongError before any work.");
 
 static PyMethodDef builder_methods[] = {
     {"step", (PyCFunction)builder_step, METH_NOARGS, step_doc},
     {"freeze", (PyCFunction)builder_freeze, METH_NOARGS, freeze_doc},
+    {"losses", (PyCFunction)builder_losses, METH_NOARGS, losses_doc},
     {NULL, NULL, 0, NULL},
 };
 

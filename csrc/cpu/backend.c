@@ -221,6 +221,35 @@ static void rmsnorm(acre_queue *queue, void *y, const float *x, const float *gai
   run_rows(queue, &job, width);
 }
 
+/* Four sums side by side, or each addition would wait for the one before. */
+static float row_loss(const float *logits, int64_t vocab, int64_t target) {
+  float highest = logits[0];
+  for (int64_t c = 1; c < vocab; c++) highest = fmaxf(highest, logits[c]);
+  double sum[4] = {0};
+  for (int64_t c = 0; c < vocab; c++) sum[c % 4] += (double)expf(logits[c] - highest);
+  double total = log((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return (float)(total + (double)highest - (double)logits[target]);
+}
+
+static void cross_entropy_some(const rows_job *job, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++) {
+    int64_t target = job->index[i];
+    const float *logits = (const float *)job->x + i * job->vocab;
+    ((float *)job->y)[i] = target < 0 ? 0.0f : row_loss(logits, job->vocab, target);
+  }
+}
+
+static void cross_entropy(acre_queue *queue, float *out, const float *logits,
+                          const int32_t *target, int64_t rows, int64_t vocab) {
+  rows_job job = {.task = cross_entropy_some,
+                  .rows = rows,
+                  .y = out,
+                  .x = logits,
+                  .index = target,
+                  .vocab = vocab};
+  run_rows(queue, &job, vocab);
+}
+
 static void gather_some(const rows_job *job, int64_t first, int64_t count) {
   for (int64_t i = first; i < first + count; i++)
     memcpy((char *)job->y + (size_t)i * job->bytes,
@@ -416,6 +445,7 @@ static const acre_backend_ops cpu_ops = {
     .embed = embed,
     .rmsnorm = rmsnorm,
     .matmul = acre_cpu_matmul,
+    .cross_entropy = cross_entropy,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,
     .swiglu = acre_cpu_swiglu,

@@ -402,6 +402,32 @@ static void test_memory(void) {
   CHECK(acre_alloc_live() == live);
 }
 
+/* ---------------------------------------------------------------- cross entropy */
+
+static void test_cross_entropy(int64_t rows, int64_t vocab) {
+  float *logits = random_floats(rows * vocab), *first = NULL;
+  int32_t *target = guarded_alloc((size_t)rows * sizeof *target);
+  for (int64_t i = 0; i < rows * vocab; i++) logits[i] *= 40;
+  for (int64_t i = 0; i < rows; i++) target[i] = (int32_t)((i * 7919 + 3) % vocab);
+  target[rows / 2] = -1;
+  for (int i = 0; i < backend_count; i++) {
+    float *out = nans(rows);
+    backends[i]->ops->cross_entropy(queues[i], out, logits, target, rows, vocab);
+    for (int64_t r = 0; i == 0 && r < rows; r++) {
+      double sum = 0.0, expected = 0.0;
+      for (int64_t c = 0; c < vocab; c++) sum += exp((double)logits[r * vocab + c]);
+      if (target[r] >= 0) expected = log(sum) - (double)logits[r * vocab + target[r]];
+      CHECK(fabs(out[r] - expected) <= 4 * EPS * (1 + fabs(expected)));
+    }
+    CHECK(!first || same(first, out, rows * 4));
+    if (first)
+      guarded_free(out);
+    else
+      first = out;
+  }
+  guarded_free(logits), guarded_free(target), guarded_free(first);
+}
+
 int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 7)) return 1;
   test_memory();
@@ -411,6 +437,9 @@ int main(int argc, char **argv) {
   test_rows(ACRE_F32);
   test_rows(ACRE_BF16);
   test_copies();
+  test_cross_entropy(1, 1);
+  test_cross_entropy(3, 37);
+  test_cross_entropy(130, 1003);
   close_backends();
   return check_report();
 }
