@@ -51,6 +51,7 @@ class _Ask:
     select: str
     scoring: Scoring
     groups: np.ndarray | None = None
+    query: str | None = None
 
 
 def _check_groups(groups: Any) -> np.ndarray | None:
@@ -221,18 +222,27 @@ class Cache:
 
     # --------------------------------------------------------------------------- asking
 
-    def _question(self, question: str | Ids) -> tuple[np.ndarray, int, int]:
+    def _question(
+        self, question: str | Ids, query: str | None = None
+    ) -> tuple[np.ndarray, int, int]:
         """(ids [t], first, last): the query pass and its scored range.
 
         A string is framed where the cache has a frame; ids are taken as they are.
         """
+        if query is not None and (not isinstance(question, str) or self.frame is None):
+            raise ValueError(
+                "query: needs a question in words and a cache with a frame"
+            )
         if isinstance(question, (bytes, bytearray)):
             raise TypeError("question: got bytes, expected str or token ids")
         if not isinstance(question, str) or self.frame is None:
             ids = self.model.encode("question", question)
             return ids, 0, len(ids)
         check_text("question", question)
-        framed, first, last = self.frame.question_ids(question)
+        if query is None:  # frames of the caller's own need not know of queries
+            framed, first, last = self.frame.question_ids(question)
+        else:
+            framed, first, last = self.frame.question_ids(question, query)
         ids = check_ids("question", framed, self.model.config["vocab_size"])
         if last <= first:
             raise ValueError("question: has no tokens of its own")
@@ -244,6 +254,7 @@ class Cache:
         select: str,
         scoring: Scoring | None = None,
         groups: Any = None,
+        query: str | None = None,
     ) -> _Ask:
         if select not in SELECTS:
             raise ValueError(f"select: got {select!r}, expected one of {SELECTS}")
@@ -252,7 +263,8 @@ class Cache:
         elif not isinstance(scoring, Scoring):
             kind = type(scoring).__name__
             raise TypeError(f"scoring: got {kind}, expected acre.Scoring")
-        return _Ask(integer("eta", eta, 0), select, scoring, _check_groups(groups))
+        chosen = _check_groups(groups)
+        return _Ask(integer("eta", eta, 0), select, scoring, chosen, query)
 
     def _room(self, state: State, t: int) -> int:
         """Positions left for the answer; TooLongError for a question beyond reserve."""
@@ -296,7 +308,7 @@ class Cache:
             raise ValueError("stop: needs a tokenizer, the model has none")
         if ask.groups is None:
             state.core.refill_count(ask.eta)
-        query = self._question(question)
+        query = self._question(question, ask.query)
         t = len(query[0])
         limit = new_token_limit(
             sampling.max_new_tokens, t, self._room(state, t), "question", "the reserve"
@@ -363,6 +375,7 @@ class Cache:
         stop: str | list[str] | None = None,
         groups: Any = None,
         scoring: Scoring | None = None,
+        query: str | None = None,
         streamer: Any = None,
     ) -> Answer | list[Answer]:
         """Answers a question (a list gives a list); the cache stays as it is.
@@ -370,11 +383,13 @@ class Cache:
         eta: refill budget in L2 tokens, 0 = none, else at least one group. select: one
         choice of groups for all layers ("shared") or each layer its own ("per_layer").
         groups: int [k] or [L, k] ascending, instead of scoring. scoring: None = the
-        model's choice for the cache's proxy. Question and new tokens must fit the
-        reserve; only the default number of new tokens yields. ValueError, TypeError,
-        TooLongError, MemoryError.
+        model's choice for the cache's proxy. query: the part of the question whose
+        tokens score the groups, None = all of it; leave out what is only wording, as
+        "answer in one word". Question and new tokens must fit the reserve; only the
+        default number of new tokens yields. ValueError, TypeError, TooLongError,
+        MemoryError.
         """
-        options = self._options(eta, select, scoring, groups)
+        options = self._options(eta, select, scoring, groups, query)
         sampling = Sampling(
             max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop
         )
@@ -395,12 +410,13 @@ class Cache:
         *,
         groups: Any = None,
         scoring: Scoring | None = None,
+        query: str | None = None,
         streamer: Any = None,
         **sampling: Any,
     ) -> Stream:
         """As `ask` for one question, as an iterator over text pieces; its `.answer` is
         the Answer once the pieces are used up."""
-        options = self._options(eta, select, scoring, groups)
+        options = self._options(eta, select, scoring, groups, query)
         return Stream(self._answer(question, options, Sampling(**sampling), streamer))
 
     def score(
@@ -408,13 +424,14 @@ class Cache:
         question: str | Ids,
         select: str = "shared",
         scoring: Scoring | None = None,
+        query: str | None = None,
     ) -> np.ndarray:
         """Scores of the groups for a question: float32 [m], or [L, m] per layer."""
         state, ask = self._state, self._options(0, select, scoring)
-        query = self._question(question)
-        self._room(state, len(query[0]))
-        session = _core.Session(self.model.core, state.core, capacity=len(query[0]))
-        return state.scorer.scores(session, query, ask.scoring, ask.select)
+        asked = self._question(question, query)
+        self._room(state, len(asked[0]))
+        session = _core.Session(self.model.core, state.core, capacity=len(asked[0]))
+        return state.scorer.scores(session, asked, ask.scoring, ask.select)
 
     def refill(
         self,
@@ -422,13 +439,14 @@ class Cache:
         eta: int = 4096,
         select: str = "shared",
         scoring: Scoring | None = None,
+        query: str | None = None,
     ) -> list[Span]:
         """The spans that `ask` would refill, without answering."""
         state, ask = self._state, self._options(eta, select, scoring)
-        query = self._question(question)
-        self._room(state, len(query[0]))
-        session = _core.Session(self.model.core, state.core, capacity=len(query[0]))
-        return self._spans(state, *self._choose(state, session, query, ask))
+        asked = self._question(question, query)
+        self._room(state, len(asked[0]))
+        session = _core.Session(self.model.core, state.core, capacity=len(asked[0]))
+        return self._spans(state, *self._choose(state, session, asked, ask))
 
     # ------------------------------------------------------------------------ extending
 

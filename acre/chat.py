@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,8 @@ ACKNOWLEDGEMENT = "I have read the text. Please ask your questions."
 ARTICLE_MARK = "ACREtextE4b1f60d79c2a"
 QUESTION_MARK = "ACREquestionE83d5a07c19"
 PROBE = "A"
-PLAIN_QUESTION = ("\n\nQuestion: ", "\nAnswer:")
+JOINT = "\n\n"
+PLAIN = ("", "\n\nQuestion: ", "\nAnswer:")
 
 
 # ---------------------------------------------------------------------------- templates
@@ -120,22 +121,30 @@ class Frame:
         acknowledgement: str = ACKNOWLEDGEMENT,
         template: str | None = None,
         system: str | None = None,
+        joint: str = JOINT,
+        plain: Sequence[str] = PLAIN,
     ) -> None:
         """template: Jinja source, default the tokenizer's; "" = none, whatever the
-        tokenizer has. system: a system turn; None leaves it to the template.
-        ValueError for a template that cannot frame a text, TypeError for no str."""
-        self.options: dict[str, str | None] = {
+        tokenizer has. system: a system turn; None leaves it to the template. joint:
+        between instruction and text. plain: what stands before the text, between text
+        and question, and after it, where there is no template. ValueError for a
+        template that cannot frame a text, TypeError for no str."""
+        if isinstance(plain, str) or len(plain) != 3:
+            raise ValueError(f"plain: got {plain!r}, expected three strings")
+        self.options: dict[str, Any] = {
             "instruction": check_text(instruction),
             "acknowledgement": check_text(acknowledgement),
             "template": None if template is None else check_text(template),
             "system": None if system is None else check_text(system),
+            "joint": check_text(joint),
+            "plain": [check_text(part) for part in plain],
         }
         self._tokenizer = tokenizer
         source = tokenizer.chat_template if template is None else template
         if source:
             parts = _split(source, tokenizer.special_names, self.options)
         else:
-            parts = ("", *PLAIN_QUESTION)
+            parts = tuple(self.options["plain"])
         self._plain = not source
         self._parts = tuple(
             self._fitted(part, i > 0, i < 2) for i, part in enumerate(parts)
@@ -177,37 +186,53 @@ class Frame:
         kind = "plain" if self._plain else "chat template"
         return f"acre.Frame({kind}, prefix={len(self.prefix_ids)} tokens)"
 
-    def question_ids(self, question: str) -> tuple[np.ndarray, int, int]:
+    def question_ids(
+        self, question: str, query: str | None = None
+    ) -> tuple[np.ndarray, int, int]:
         """(ids int32 [t], first, last): everything after the text, up to where the
-        answer begins; [first, last) are the question's own tokens.
+        answer begins; [first, last) are the tokens of `query`, a part of the question
+        (its last occurrence), None = of the whole question.
 
-        TypeError for no str, ValueError for an empty question or invalid Unicode.
+        TypeError for no str, ValueError for an empty question, invalid Unicode, or a
+        query that the question does not contain.
         """
         if not check_text(question).strip():
             raise ValueError("question: got an empty text")
+        query = question if query is None else check_text(query)
+        at = question.rfind(query)
+        if at < 0 or not query.strip():
+            raise ValueError(f"query: got {query[:60]!r}, expected a part of question")
         if self._plain:
-            return self._plain_question(question)
-        own = self._tokenizer.encode(question)
+            return self._plain_question(question, query, at)
+        own, offsets = self._tokenizer.encode_offsets(question)
+        held = len(self._middle) + self._overlap(offsets, at, len(query))
         ids = np.concatenate([self._middle, own, self._suffix])
-        return ids, len(self._middle), len(self._middle) + len(own)
+        return ids, int(held[0]), int(held[-1]) + 1
 
-    def _plain_question(self, question: str) -> tuple[np.ndarray, int, int]:
+    def _plain_question(
+        self, question: str, query: str, at: int
+    ) -> tuple[np.ndarray, int, int]:
         """Encoded in one piece: the space before the question belongs to its first
         word, as in any running text."""
         before, after = self._parts[1:]
         ids, offsets = self._tokenizer.encode_offsets(before + question + after)
-        start, stop = len(before), len(before) + len(question)
-        own = (offsets[:, 1] > start) & (offsets[:, 0] < stop)
-        places = np.flatnonzero(own)
-        if places.size == 0:
+        own = self._overlap(offsets, len(before) + at, len(query))
+        return ids, int(own[0]), int(own[-1]) + 1
+
+    @staticmethod
+    def _overlap(offsets: np.ndarray, start: int, length: int) -> np.ndarray:
+        """Indices of the tokens that hold characters [start, start + length)."""
+        held = (offsets[:, 1] > start) & (offsets[:, 0] < start + length)
+        if not held.any():
             raise ValueError("question: the tokenizer makes no tokens of it")
-        return ids, int(places[0]), int(places[-1]) + 1
+        return np.flatnonzero(held)
 
 
-def _messages(options: Mapping[str, str | None]) -> list[dict[str, str]]:
+def _messages(options: Mapping[str, Any]) -> list[dict[str, str]]:
     """The conversation, with the sentinels in place of text and question."""
     instruction = options["instruction"]
-    first = f"{instruction}\n\n{ARTICLE_MARK}" if instruction else ARTICLE_MARK
+    joint = options["joint"] if instruction else ""
+    first = f"{instruction}{joint}{ARTICLE_MARK}"
     turns = [
         ("user", first),
         ("assistant", options["acknowledgement"] or ""),
@@ -219,7 +244,7 @@ def _messages(options: Mapping[str, str | None]) -> list[dict[str, str]]:
 
 
 def _split(
-    template: str, names: Mapping[str, str], options: Mapping[str, str | None]
+    template: str, names: Mapping[str, str], options: Mapping[str, Any]
 ) -> tuple[str, str, str]:
     """(before the text, between text and question, after the question), rendered."""
     text = render(template, _messages(options), names)

@@ -178,6 +178,23 @@ def test_score_and_refill_agree_with_ask(cache):
     assert answer.groups.tolist() == sorted(order[:4])
 
 
+def test_a_query_scores_and_the_whole_question_is_asked(cache):
+    question, query = "Say it in one word: where are the bridges?", "the bridges"
+    whole, part = cache.score(question), cache.score(question, query=query)
+    assert not np.array_equal(whole, part)
+    answer = cache.ask(question, eta=32, query=query, max_new_tokens=3)
+    assert np.array_equal(answer.scores, part)
+    assert cache.refill(question, eta=32, query=query) == answer.spans
+    by_hand = cache.ask(question, groups=answer.groups, max_new_tokens=3)
+    assert by_hand.ids.tolist() == answer.ids.tolist()
+    streamed = cache.stream(question, eta=32, query=query, max_new_tokens=3)
+    assert streamed.finish().text == answer.text
+    with pytest.raises(ValueError, match="query"):
+        cache.ask(question, query="the harbour")
+    with pytest.raises(ValueError, match="query"):
+        cache.score([1, 2, 3], query="a")
+
+
 def test_a_text_within_one_window_has_nothing_to_score(model):
     small = model.build("the quiet harbour", **(toy.BUILD | {"window": 512}))
     assert small.plan["m"] == 0 and small.score(QUESTION).shape == (0,)

@@ -219,6 +219,32 @@ def test_without_a_template() -> None:
     assert Frame(make(None, bos_id=bos, adds_bos=False)).prefix_ids.size == 0
 
 
+def test_parts_of_a_plain_frame_and_the_joint() -> None:
+    tok = make(None)
+    frame = Frame(tok, plain=("Read: ", "\n-\n", ""))
+    assert tok.decode(frame.prefix_ids) == "Read: "
+    assert whole(tok, frame, "TEXT", "WHO?") == "Read: TEXT\n-\nWHO?"
+    assert frame.fingerprint != Frame(tok).fingerprint
+    framed = Frame(make(), instruction="Read:", joint="")
+    assert "Read:TEXT" in whole(make(), framed, "TEXT", "WHO?")
+    for wrong in ("abc", ("a", "b")):
+        with pytest.raises(ValueError, match="plain"):
+            Frame(tok, plain=wrong)
+
+
+def test_a_query_is_the_part_of_the_question_that_is_scored() -> None:
+    tok = make()
+    for frame in (Frame(tok), Frame(tok, template="")):
+        whole_ids, _, _ = frame.question_ids("Say who?\nQuestion: who? now")
+        ids, first, last = frame.question_ids("Say who?\nQuestion: who? now", "who?")
+        assert np.array_equal(ids, whole_ids)
+        assert tok.decode(ids[first:last]).strip() == "who?"
+        assert "now" in tok.decode(ids[last:]) and "Say" in tok.decode(ids[:first])
+        for wrong in ("whom?", "", " "):
+            with pytest.raises(ValueError, match="query"):
+                frame.question_ids("Say who?", wrong)
+
+
 def test_refused_arguments() -> None:
     tok = make()
     for frame in (Frame(tok), Frame(tok, template="")):
