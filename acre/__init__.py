@@ -12,6 +12,7 @@ from acre._core import BusyError, DeviceError, TooLongError, __version__
 from acre.cache import Cache
 from acre.chat import Frame
 from acre.errors import CacheFileError, ModelFileError
+from acre.eval import evaluate, sweep
 from acre.generate import Stream
 from acre.model import Model
 from acre.report import Answer, Span, Stats
@@ -34,4 +35,6 @@ __all__ = [
     "Tokenizer",
     "TooLongError",
     "__version__",
+    "evaluate",
+    "sweep",
 ]

