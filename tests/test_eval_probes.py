@@ -183,9 +183,8 @@ def test_backgrounds(monkeypatch):
 
 
 def test_a_background_without_sentences_is_broken_at_blanks():
-    document = generate(
-        "niah_single", 3000, words, background="word " * 50, depths=[0.5]
-    )
+    text = "word " * 5000
+    document = generate("niah_single", 3000, words, background=text, depths=[0.5])
     [(start, _)] = document.questions[0].evidence
     assert abs(start / len(document.text) - 0.5) < 0.02
 

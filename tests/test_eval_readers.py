@@ -290,12 +290,12 @@ def test_where_it_is_published(name, repo, file, member):
 
 def test_offline_says_what_to_get_and_where_to_put_it(monkeypatch):
     def fetch(*args, **kwargs):
-        raise ConnectionError("no network")
+        raise RuntimeError("no network")
 
     hub(monkeypatch, fetch)
     with pytest.raises(FileNotFoundError) as error:
         load(QASPER)
-    for word in ("ConnectionError", "THUDM/LongBench", "data.zip", "--data"):
+    for word in ("RuntimeError", "THUDM/LongBench", "data.zip", "--data"):
         assert word in str(error.value)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r'pip install "acre\[eval\]"'):

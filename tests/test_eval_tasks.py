@@ -166,6 +166,12 @@ def test_code_before_the_cursor_is_asked():
     assert document.text.endswith("\n") and question.query == tail.strip()
 
 
+def test_long_lines_before_the_cursor_are_fewer():
+    code = ("x" * 399 + "\n") * 12
+    assert code_tail(code) == len(code) - 3 * 400  # a fourth would pass 1,500
+    assert code_tail("y" * 9000) == 9000 - 1500
+
+
 @given(st.text("ab \n\t", max_size=4000), st.integers(1, 60))
 def test_code_tail_is_whole_lines(code, width):
     code = code * width

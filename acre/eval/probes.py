@@ -101,10 +101,8 @@ def _snapped(body: str, at: int, goal: int, breaks: tuple[str, ...]) -> int:
     if goal >= len(body):
         return len(body)
     for marks in (breaks, (" ",)):
-        ends = [body.rfind(mark, at, goal) + len(mark) for mark in marks]
-        ends = [
-            end for end, mark in zip(ends, marks, strict=True) if end >= at + len(mark)
-        ]
+        found = [(body.rfind(mark, at, goal), len(mark)) for mark in marks]
+        ends = [place + size for place, size in found if place >= 0]
         if ends:
             return max(ends)
     return at

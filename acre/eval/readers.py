@@ -192,13 +192,7 @@ def _rows(source: Source) -> Iterator[tuple[int, Any, str]]:
                 raw = raw.removeprefix(BOM) if line == 1 else raw
                 if raw.strip():
                     yield (line, *_decoded(raw))
-        except (
-            EOFError,
-            lzma.LZMAError,
-            zlib.error,
-            zipfile.BadZipFile,
-            OSError,
-        ) as error:
+        except BROKEN as error:
             yield line + 1, None, f"the file cannot be read on: {error}"
 
 
