@@ -3,7 +3,7 @@
     ACRE_DATA=... python benchmarks/retrieval.py needle kv nq [--lengths 8192 32768
         131072]
 
-Takes probes (benchmarks/probes.py): one text with many questions whose evidence is
+Takes probes (acre/eval/probes.py): one text with many questions whose evidence is
 known. Gives, per proxy, eta and way of choosing groups (scores, random, BM25 over
 passages of the same budget), the share of questions all of whose evidence groups were
 refilled ("recall"), and with --answer the share answered exactly. One cache is built
@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import probes
 from bench_cpu import commit, smollm2
 
 import acre
 from acre import _core
 from acre.chat import Frame
+from acre.eval import probes
+from acre.eval.records import Document
 from acre.scoring import Scorer
 
 NEW_TOKENS = 14
@@ -76,7 +77,7 @@ def groups_of(
 
 def build(
     model: acre.Model,
-    probe: probes.Probe,
+    probe: Document,
     proxy: str,
     *,
     interval: int = 0,
@@ -107,13 +108,13 @@ def build(
     seconds = time.perf_counter() - start
     interval, m, asked = cache.plan["interval"], cache.plan["m"], []
     for question in probe.questions:
-        ids, first, last = frame.question_ids(question.text)
-        groups = groups_of(offsets, len(prefix), interval, question.start, question.end)
+        ids, first, last = frame.question_ids(question.query)
+        groups = groups_of(offsets, len(prefix), interval, *question.evidence[0])
         if len(groups) and groups[-1] < m:
             asked.append(
-                Asked(ids, first, last, groups, question.answers, question.text)
+                Asked(ids, first, last, groups, question.answers, question.query)
             )
-    whole = probe.name == "nq"
+    whole = probe.task == "nq"
     return Bench(model, cache, asked, offsets, len(prefix), probe.text, seconds, whole)
 
 
@@ -230,7 +231,7 @@ def full_attention(bench: Bench, limit: int) -> float | None:
 
 def make_probe(
     name: str, model: acre.Model, tokens: int, split: str, seed: int, facts: int = 50
-) -> probes.Probe:
+) -> Document:
     """A probe by name."""
 
     def count(text: str) -> int:

@@ -14,12 +14,12 @@ import json
 import pathlib
 
 import numpy as np
-import probes
 from bench_cpu import smollm2
 from retrieval import Bench, build, make_probe, recall
 
 import acre
 from acre import _core
+from acre.eval import probes
 from acre.scoring import calibrate, own_question
 
 Heads = list[tuple[int, int]]
