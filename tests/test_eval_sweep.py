@@ -59,7 +59,8 @@ def test_perplexity_varies_with_what_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("acre.eval.prepare.PREFACE", 0)
     model = toy.model(w_max=evaluations.W_MAX)
     books = [{"text": toy.sentence(8, 400)}, {"text": toy.sentence(9, 400)}]
-    done = acre.sweep("books", model, SIZES, books, beside=["full", "stream:budget=128"],
+    beside = ["full", "stream:budget=128"]
+    done = acre.sweep("books", model, SIZES, books, beside=beside,
                       lengths=(500, 1000), progress=False)  # fmt: skip
     rows = done.rows()
     assert [(r["way"], r.get("interval")) for r in rows][:3] == [

@@ -300,8 +300,8 @@ def _in_folder(task: Task, folder: Path) -> Source:
 def _where(hub: Hub) -> str:
     """Where a file is published."""
     member = f", in it {hub.member}" if hub.member else ""
-    return f"it is published as https://huggingface.co/datasets/{hub.repo}: " + (
-        f"{hub.filename}{member}"
+    return (
+        f"it is the dataset {hub.repo} on the Hugging Face hub, {hub.filename}{member}"
     )
 
 
