@@ -37,18 +37,15 @@ CALLED = "Please compute the exact value of {func_call}."
 NEAR = 64  # characters between two mentions that are one piece of evidence
 
 
-def label(name: str, row: Row) -> Any:
-    """The answer as the authors' scorer takes it; of choices, [option, its letter]."""
+def right(name: str, row: Row) -> Any:
+    """The answer; of choices, the text of the right option."""
     answer = row["answer"]
     if name not in CHOICES:
         return answer
-    if isinstance(answer, list) and len(answer) == 2 and answer[1] in list("ABCD"):
-        return answer
-    text = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
-    options = strings(row, "options")
-    if text not in options[:4]:
+    text = answer[0] if isinstance(answer, list) and answer else answer
+    if text not in strings(row, "options")[:4]:
         raise ValueError(f"answer: expected one of the options, got {text!r}")
-    return [text, "ABCD"[options.index(text)]]
+    return text
 
 
 def fields(name: str, row: Row) -> dict[str, str]:
@@ -90,12 +87,11 @@ def parse(name: str, row: Row, line: int) -> list[Document]:
     words, filled, known = (
         published("infinitebench"),
         fields(name, row),
-        label(name, row),
+        right(name, row),
     )
     text = string(row, "context" if "context" in row else "content")
     before, after = around(words["templates"][name], **filled)
-    # A list of numbers is one answer, judged by how many of its first ones are right.
-    answers = references(str(known) if name == "math_calc" else known, "answer")
+    answers = references(known, "answer")
     query = CALLED.format(**filled) if name == "code_run" else filled["input"].strip()
     question = Question(
         id=identity(row, line),
@@ -104,15 +100,14 @@ def parse(name: str, row: Row, line: int) -> list[Document]:
         answers=answers,
         max_new_tokens=words["max_new_tokens"][name],
         evidence=mentions(text, answers[0]) if name in PLANTED else (),
-        facts={"label": known},
+        facts={"options": strings(row, "options")} if name in CHOICES else {},
     )
     return [Document(name, text, (question,), before)]
 
 
 def _task(name: str) -> Task:
     hub = Hub("xinrongzhang2022/InfiniteBench", f"{name}.jsonl")
-    metric = f"infinitebench_{name}"
-    return Task(name, "infinitebench", metric, partial(parse, name), name, hub)
+    return Task(name, "infinitebench", name, partial(parse, name), name, hub)
 
 
 TASKS = [_task(name) for name in published("infinitebench")["templates"]]

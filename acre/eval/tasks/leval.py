@@ -29,14 +29,14 @@ class Form:
 
 
 EXAMS = {
-    "coursera": Form("exam", "coursera", "leval_em_coursera"),
-    "quality": Form("exam", "exam", "leval_exam"),
-    "tpo": Form("exam", "exam", "leval_exam"),
-    "sci_fi": Form("exam", "sci_fi", "leval_em_sci_fi"),
-    "gsm100": Form("plain", "gsm100", "leval_em_gsm100"),
-    "codeU": Form("plain", "codeU", "leval_em_codeU"),
+    "coursera": Form("exam", "coursera", "leval_coursera"),
+    "quality": Form("exam", "exam", "leval_quality"),
+    "tpo": Form("exam", "exam", "leval_tpo"),
+    "sci_fi": Form("exam", "sci_fi", "leval_sci_fi"),
+    "gsm100": Form("plain", "gsm100", "leval_gsm100"),
+    "codeU": Form("plain", "codeU", "leval_codeU"),
     "topic_retrieval_longchat": Form(
-        "plain", "topic_retrieval_longchat", "leval_em_topic_retrieval"
+        "plain", "topic_retrieval_longchat", "leval_topic_retrieval"
     ),
 }
 ANSWERING = (
@@ -50,7 +50,7 @@ WRITING = (
 FORMS = {
     **EXAMS,
     **{name: Form("open", "open", "leval_f1") for name in ANSWERING},
-    **{name: Form("open", "open", "leval_rouge") for name in WRITING},
+    **{name: Form("open", "open", "leval_rouge_l") for name in WRITING},
 }
 
 

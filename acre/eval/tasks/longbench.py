@@ -195,7 +195,7 @@ TASKS = [
     Task(
         "longbench_v2",
         "longbench_v2",
-        "choice_v2",
+        "choice",
         parse_v2,
         "data",
         Hub("THUDM/LongBench-v2", "data.json"),
