@@ -26,7 +26,7 @@ from bench_cpu import commit, smollm2
 import acre
 from acre import _core
 from acre.chat import Frame
-from acre.eval import probes
+from acre.eval import probes, retrieve
 from acre.eval.records import Document
 from acre.scoring import Scorer
 
@@ -154,11 +154,6 @@ def at_random(bench: Bench, seed: int = 0) -> list[np.ndarray]:
 
 def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
     """BM25 over passages of `passage_groups` groups; each group has its passage's."""
-    from rank_bm25 import BM25Okapi
-
-    def words(text: str) -> list[str]:
-        return "".join(c.lower() if c.isalnum() else " " for c in text).split()
-
     size = bench.interval * passage_groups
     corpus = []
     for start in range(0, bench.m * bench.interval, size):
@@ -166,12 +161,10 @@ def by_bm25(bench: Bench, passage_groups: int = 8) -> list[np.ndarray]:
             np.array([start, start + size]) - bench.prefix, 0, len(bench.offsets)
         )
         part = bench.offsets[tokens[0] : tokens[1]]
-        corpus.append(words(bench.text[part[0, 0] : part[-1, 1]]) if len(part) else [])
-    index = BM25Okapi(corpus)
+        corpus.append(bench.text[part[0, 0] : part[-1, 1]] if len(part) else "")
+    rank = retrieve.bm25(corpus)
     return [
-        np.repeat(index.get_scores(words(asked.text)), passage_groups)[
-            : bench.m
-        ].astype(np.float32)
+        np.repeat(rank(asked.text), passage_groups)[: bench.m].astype(np.float32)
         for asked in bench.asked
     ]
 
