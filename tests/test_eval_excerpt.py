@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from acre.eval import retrieve
 from acre.eval.excerpt import Excerpt, ends, merged, middle_cut, overlap, recall
+from acre.optional import needs
 
 TEXT = "".join(chr(97 + i % 26) for i in range(100))
 TOKENS = np.array([[i, i + 4] for i in range(0, 100, 4)])  # 25 tokens of 4 characters
@@ -107,4 +108,4 @@ def test_rankers_find_what_is_asked_for(ranker):
 
 def test_a_missing_package_is_named_with_its_extra():
     with pytest.raises(ImportError, match=r'pip install "acre\[dense\]"'):
-        retrieve.needs("no_such_package_at_all", "dense")
+        needs("no_such_package_at_all", "dense")

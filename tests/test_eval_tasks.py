@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acre.eval import metrics
 from acre.eval.published import published
+from acre.eval.readers import load
 from acre.eval.records import Document
 from acre.eval.tasks import TASKS, find
 from acre.eval.tasks.infinitebench import mentions
@@ -622,3 +624,32 @@ def test_documents_are_the_same_in_any_process():
     shuffled = dict(random.Random(0).sample(list(ROW.items()), len(ROW)))
     assert only("qasper", ROW) == only("qasper", shuffled)
     assert only("qasper", ROW).id == only("qasper", shuffled).id
+
+
+# ------------------------------------------------------------------------- judged as
+
+
+def test_every_task_names_a_metric_that_there_is():
+    for task in TASKS.values():
+        collection = task.name in ("longbench_sample", "leval_sample")
+        assert (
+            task.metric in metrics.METRICS or task.metric == "perplexity" or collection
+        )
+
+
+@pytest.mark.parametrize("name", ["longbench_sample", "leval_sample"])
+def test_the_samples_own_answers_score_full_marks(name):
+    if not os.environ.get("ACRE_DATA"):
+        pytest.skip("needs ACRE_DATA")
+    wrong = []
+    for document in load(TASKS[name]).documents:
+        for question in document.questions:
+            metric = TASKS[document.task].metric
+            said = max(
+                metrics.score(metric, answer, question.answers, question.facts)
+                for answer in question.answers
+            )
+            if said < 0.999:
+                wrong.append((document.task, question.id, said))
+    # Repeated summaries aside: ROUGE adds 1e-8, long texts exceed its recursion.
+    assert len(wrong) <= 0.03 * 454, wrong

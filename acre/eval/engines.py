@@ -16,10 +16,10 @@ from typing import Any
 
 from acre.eval.methods import Method
 from acre.eval.results import Key, Sample, key_of
-from acre.eval.retrieve import needs
 from acre.eval.shelf import Shelf
 from acre.eval.work import RETRIES, ModelSpec, Work, lost, samples
 from acre.model import Model
+from acre.optional import needs
 
 ENGINES = ("local", "ray")
 

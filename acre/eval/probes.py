@@ -85,11 +85,17 @@ class Probe:
 
 PROBES = {
     "needle": Probe(planted.needle, "exact", 32),
-    "niah_single": Probe(planted.niah_single, "match_all", 128),
-    "niah_multikey": Probe(planted.niah_multikey, "match_all", 128, single=False),
-    "niah_multivalue": Probe(planted.niah_multivalue, "match_all", 128, single=False),
-    "niah_multiquery": Probe(planted.niah_multiquery, "match_all", 128, single=False),
-    "vt": Probe(planted.vt, "match_all", 30, single=False),
+    "niah_single": Probe(planted.niah_single, "string_match_all", 128),
+    "niah_multikey": Probe(
+        planted.niah_multikey, "string_match_all", 128, single=False
+    ),
+    "niah_multivalue": Probe(
+        planted.niah_multivalue, "string_match_all", 128, single=False
+    ),
+    "niah_multiquery": Probe(
+        planted.niah_multiquery, "string_match_all", 128, single=False
+    ),
+    "vt": Probe(planted.vt, "string_match_all", 30, single=False),
     "passkey": Probe(planted.passkey, "exact", 32),
     "number": Probe(planted.number, "exact", 32),
     "kv": Probe(planted.kv, "exact", 32),

