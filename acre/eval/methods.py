@@ -359,19 +359,27 @@ def fitting(shelf: Shelf, document: Document, settings: Settings) -> Excerpt:
     return middle_cut(document.text, offsets, tokens)
 
 
-def entries(shelf: Shelf, document: Document, settings: Settings) -> int:
-    """The budget: entries of the document that acre's answers attend to."""
-    if settings.budget is not None:
-        return settings.budget
-    prefix = len(shelf.frame(document).prefix_ids)
+def shaped(
+    shelf: Shelf, document: Document, settings: Settings
+) -> tuple[Excerpt, dict[str, int]]:
+    """What is read of the document, and what becomes of it."""
     excerpt = fitting(shelf, document, settings)
     n = len(shelf.offsets(document))
     if not excerpt.complete:
         n = len(shelf.model.tokenizer.encode(excerpt.text))
-    shape = plan(shelf, document, settings, prefix + n)
+    prefix = len(shelf.frame(document).prefix_ids)
+    return excerpt, plan(shelf, document, settings, prefix + n)
+
+
+def entries(shelf: Shelf, document: Document, settings: Settings) -> int:
+    """The budget: entries of the document that acre's answers attend to."""
+    if settings.budget is not None:
+        return settings.budget
+    _, shape = shaped(shelf, document, settings)
     held = shape["m"] + shape["recent"]
     room = shelf.w_max - held - shape["reserve"]
     k = min(settings.eta // shape["interval"], room // shape["interval"], shape["m"])
+    prefix = len(shelf.frame(document).prefix_ids)
     return held + k * shape["interval"] - prefix
 
 
@@ -409,8 +417,9 @@ class OwnMethod:
     def open(self, shelf: Shelf, document: Document) -> Reading:
         s = self.chosen
         if self.name in CHOICES:
-            excerpt = fitting(shelf, document, s)
-            options = s.build(shelf.room(document), shelf.w_max)
+            excerpt, shape = shaped(shelf, document, s)
+            options = {k: shape[k] for k in ("interval", *KEPT)} | {"proxy": s.proxy}
+            options["eta"] = 0  # was planned for: methods of any eta share the cache
             choose = CHOICES[self.name]
             return Refilled(shelf, document, excerpt, s, options, choose)
         room, most = shelf.room(document), positions(shelf, document)
@@ -433,6 +442,7 @@ CHOICES = {
     "oracle-refill": "oracle",
 }
 NAMES = (*CHOICES, "full", "stream", "bm25", "dense")
+KEPT = ("window", "stride", "carry", "reserve")  # of a plan, by a cache's options
 UNUSED_BY_CACHES = ("budget", "passage")
 UNUSED_BY_EXCERPTS = ("select", "seed")
 
