@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 
 try:
-    # The built-in models enter the registry only while it is empty: before this one.
-    import lm_eval.models  # noqa: F401
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.utils import normalize_gen_kwargs  # registers theirs, too
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     if not str(error.name).startswith("lm_eval"):
@@ -300,7 +298,7 @@ class AcreLM(TemplateLM):
         """
         by_context = _grouped(tuple(context) for _, context, _ in requests)
         rooms = {
-            context: max(len(requests[i][2]) for i in same)
+            context: max(max(len(requests[i][2]) for i in same) - 1, 0)
             for context, same in by_context.items()
         }
         self._check(rooms.items())

@@ -23,7 +23,7 @@ from acre.contexts import Contexts, Reading, last_lines
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model, model_registry  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
 
 from acre.lm_harness import AcreLM  # noqa: E402
 
@@ -123,6 +123,15 @@ def test_greedy_continuations_are_told(pair):
     np.testing.assert_allclose(*sums, rtol=1e-5, atol=1e-5)
 
 
+def test_all_positions_are_used_before_a_cache_is(pair):
+    theirs, ours = pair
+    ids = ours.tok_encode(toy.sentence(4, 400))[: ours.max_length + 1]
+    asked = [(("", ""), ids[:-9], ids[-9:])]
+    (wanted,), (got,) = (lm._loglikelihood_tokens(asked) for lm in pair)
+    assert got[0] == pytest.approx(wanted[0], abs=1e-4)
+    assert not ours.contexts.is_full(len(ids) - 9, 9)
+
+
 def test_rolling_equals_transformers(pair):
     theirs, ours = pair
     asked = requests((toy.sentence(4, 900),), ("x",), ("",), (toy.sentence(5, 20),))
@@ -213,6 +222,16 @@ def test_a_long_context_is_what_its_cache_answers(model, long):
     assert long.generate_until(requests((context, {"max_gen_toks": 9}))) == [text]
 
 
+def test_a_long_continuation_takes_a_context_to_a_cache(model):
+    """It has positions of its own in the reserve of the cache."""
+    lm = AcreLM(model, **(LONG | {"full_below": None}))
+    context, more = toy.sentence(1, 260), toy.sentence(2, 120)
+    n, t = len(lm.tok_encode(context)), len(lm.tok_encode(more))
+    assert n < lm.max_length < n + t and t > lm.contexts.answer_room
+    (total, _), *_ = lm.loglikelihood(requests((context, more), (context, " a")))
+    assert np.isfinite(total) and total < 0
+
+
 def test_one_text_is_read_once(model, long):
     """Choices share a context, questions a text; the order of requests is kept, and no
     answer depends on what was asked beside it."""
@@ -237,6 +256,31 @@ def test_one_text_is_read_once(model, long):
     assert contexts.caches_read == 3  # the last one read was of `lines`
     long.loglikelihood(requests((other + questions[0], " grey gulls")))
     assert contexts.caches_read == 3
+    long.generate_until(
+        requests(
+            *((text + question, {"max_gen_toks": 1})
+              for question in questions for text in (other, lines))
+        )
+    )  # fmt: skip
+    assert contexts.caches_read == 4
+
+
+def test_neighbours_do_not_change_an_answer(model):
+    """Texts with a common beginning that is not to be shared: it ends inside a closed
+    window, or the longer one takes another interval or another reserve."""
+    lines = "".join(toy.sentence(i, 5) for i in range(80))
+    half = lines[: len(lines) // 3]
+    small = toy.model(w_max=448)
+    for one, options, contexts in (
+        (model, LONG, (half + toy.sentence(60, 40), half + toy.sentence(61, 40))),
+        (small, LONG | {"interval": "auto"}, (lines, lines * 2)),
+    ):
+        asked = [(context, " grey gulls") for context in contexts]
+        lm = AcreLM(one, **options)
+        together = lm.loglikelihood(requests(*asked))
+        assert lm.contexts.caches_read == 2
+        alone = [AcreLM(one, **options).loglikelihood(requests(a))[0] for a in asked]
+        assert together == alone
 
 
 def test_full_contexts_share_their_beginning(lm):
@@ -253,7 +297,8 @@ def test_full_contexts_share_their_beginning(lm):
 
 def test_what_no_cache_holds_is_refused_before_any_work(model):
     small = AcreLM(model, full_below=100, window=128, stride=64, interval=8)
-    asked = requests(("the", " a"), (toy.sentence(9, 3000), " a"))
+    large = toy.sentence(9, 3000)
+    asked = requests((large[:9], " a"), (large, " a"))  # the first one sorts first
     with pytest.raises(acre.TooLongError, match="interval"):
         small.loglikelihood(asked)
     with pytest.raises(acre.TooLongError, match="interval"):
@@ -290,8 +335,8 @@ def test_sampling_is_seeded_and_repeats_differ(lm):
     )
 
 
-def test_unknown_generation_arguments_are_named_once(lm, caplog):
-    logging.getLogger("lm_eval").propagate = True
+def test_unknown_generation_arguments_are_named_once(lm, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
     asked = requests(*[("the", {"max_gen_toks": 1, "num_beams": 4})] * 2)
     with caplog.at_level(logging.WARNING):
         lm.generate_until(asked)
@@ -300,8 +345,8 @@ def test_unknown_generation_arguments_are_named_once(lm, caplog):
         lm.generate_until(requests(("the", {"top_p": 2, "do_sample": True})))
 
 
-def test_new_tokens_yield_to_the_positions(lm, long, caplog):
-    logging.getLogger("lm_eval").propagate = True
+def test_new_tokens_yield_to_the_positions(lm, long, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
     context = toy.sentence(1, 100)
     left = lm.max_length - len(lm.tok_encode(context))
     reserve = LONG["question_tokens"] + long.contexts.answer_room
@@ -330,6 +375,14 @@ def test_arguments_come_as_text_or_values(model):
     assert (reading.eta, reading.sink, reading.full_below) == (512, True, 7)
     assert (lm.max_gen_toks, lm.prefix_token_id, lm.batch_size) == (3, 5, 1)
     assert lm.get_model_info()["acre"]["eta"] == 512
+    mute = toy.tokenizer()
+    mute.bos_id = 0  # named, but not put before a text
+    named = acre.Model(model.core, mute, "named", ("", ""))
+    ids = lm.tok_encode("a")
+    assert AcreLM(named, add_bos_token="true").tok_encode("a") == [0, *ids]
+    assert AcreLM(named, add_bos_token="true").tok_encode("<|endoftext|>a") == [0, *ids]
+    assert AcreLM(named).tok_encode("a") == ids
+    assert AcreLM(named).prefix_token_id == 0
     assert AcreLM(model, add_bos_token=False).tok_encode("a") == lm.tok_encode("a")
 
 
@@ -409,6 +462,17 @@ def write_tasks(folder: pathlib.Path, choices: list[list[str]]) -> None:
         (folder / f"{name}.yaml").write_text(task.replace("FILE", str(data)))
 
 
+def run_python(*arguments: str, **places: str) -> subprocess.CompletedProcess:
+    """Another interpreter that imports this tree's acre, offline."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | OFFLINE | places | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.slow
 def test_the_command_line_evaluates(tmp_path):
     """Results of the command are those of the requests asked one by one."""
@@ -420,17 +484,12 @@ def test_the_command_line_evaluates(tmp_path):
         f"{key}={value}"
         for key, value in ({"path": path, "dtype": "f32", "threads": 1} | LONG).items()
     )
-    command = [
-        sys.executable, "-m", "acre.lm_harness", "run", "--model", "acre",
+    done = run_python(
+        "-m", "acre.lm_harness", "run", "--model", "acre",
         "--model_args", arguments, "--tasks", "toy_choice,toy_generate",
         "--include_path", str(tmp_path), "--batch_size", "1", "--log_samples",
-        "--output_path", str(tmp_path / "out"),
-    ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    places = {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": paths}
-    done = subprocess.run(
-        command, env=os.environ | OFFLINE | places, capture_output=True, text=True
-    )
+        "--output_path", str(tmp_path / "out"), HF_HOME=str(tmp_path / "hf"),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|toy_choice" in done.stdout and "|toy_generate" in done.stdout
     (samples,) = (tmp_path / "out").rglob("samples_toy_choice*.jsonl")
@@ -448,18 +507,21 @@ def test_the_command_line_evaluates(tmp_path):
 
 def test_the_registry_knows_the_name():
     assert get_model("acre") is AcreLM
-    assert "hf" in model_registry  # ours does not stand in the way of the harness's
     text = (ROOT / "pyproject.toml").read_text()
     group, _, rest = text.partition('[project.entry-points."lm_eval.models"]\n')
     assert group != text and rest.startswith('acre = "acre.lm_harness:AcreLM"\n')
 
 
+def test_the_built_in_models_stay_known():
+    """They are registered at the first look-up, and only while there is no other."""
+    code = (
+        "import acre.lm_harness; from lm_eval.api.registry import get_model; "
+        "print(get_model('dummy').__name__)"
+    )
+    assert run_python("-c", code).stdout == "DummyLM\n"
+
+
 def test_a_missing_harness_is_explained():
     code = "import sys; sys.modules['lm_eval'] = None; import acre.lm_harness"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", code)
     assert done.returncode == 1 and 'pip install "acre[lm-eval]"' in done.stderr
