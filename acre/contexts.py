@@ -11,6 +11,7 @@ of it. Refuses texts and continuations that no cache can hold, before any work.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ class Context:
         ]
 
 
-def last_lines(ids: np.ndarray, most: int, ends_line: Any) -> int:
+def last_lines(ids: np.ndarray, most: int, ends_line: Callable[[int], bool]) -> int:
     """Where the question of a context begins: the earliest line that begins within the
     last `most` tokens, or just the last `most` tokens where none does.
 
@@ -279,6 +280,6 @@ class Contexts:
         return np.stack([_core.select_groups(row, k) for row in scores])
 
     @functools.cached_property
-    def _ends_line(self) -> Any:
+    def _ends_line(self) -> Callable[[int], bool]:
         """Of a token id, whether its text ends with a line break; remembered."""
         return functools.cache(lambda i: self.model.decode([i]).endswith("\n"))

@@ -45,7 +45,7 @@ log = logging.getLogger("lm_eval.acre")  # the harness shows loggers below its o
 Score = tuple[float, bool]
 Encoded = tuple[Any, Sequence[int], Sequence[int]]
 
-# Of a request's generation_kwargs: what is used, and what asks for nothing here.
+# What is used of a request's generation_kwargs.
 SAMPLING = ("top_p", "top_k", "repetition_penalty", "seed")
 GENERATION = {*SAMPLING, "until", "max_gen_toks", "do_sample", "temperature"}
 
