@@ -234,6 +234,7 @@ class Cache:
             "proxy": state.core.proxy,
             "select": ask.select,
             "eta": ask.eta if ask.groups is None else None,
+            "prefix": layout.prefix,
             **{key: plan[key] for key in PLAN_FACTS},
             "recent_token": start if inside else None,
             "recent_char": first[0] if first else None,

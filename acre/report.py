@@ -92,9 +92,10 @@ class Answer:
     finish_reason: "eos", "stop" (a stop string) or "length".
     source: the text given to `build`; None when token ids were given.
     settings: how it was asked: model, dtype, proxy, select, eta (None: groups given),
-    the sampling, and the plan's n, interval, window, stride, m, recent and reserve.
+    the sampling, the frame tokens before the text (prefix), and the plan's n, interval,
+    window, stride, m, recent and reserve.
     recent_token, recent_char: where in the text the recent entries begin, which every
-    question sees whole; None: there are none, or ids were given.
+    question sees whole; None where there are none, or no characters.
     """
 
     text: str
