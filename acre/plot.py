@@ -81,7 +81,7 @@ def _legend_below(ax: Axes, **options: Any) -> None:
     """A legend that hides nothing."""
     ax.legend(
         frameon=False, fontsize="small", ncols=3, loc="upper center",
-        bbox_to_anchor=(0.5, -0.15), **options,
+        bbox_to_anchor=(0.5, -0.17), **options,
     )  # fmt: skip
 
 
