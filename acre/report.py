@@ -8,7 +8,8 @@ nothing: all values come checked from the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,6 +90,12 @@ class Answer:
     groups: int32 [k], or [L, k] with per_layer selection.
     scores: float32 [m] or [L, m]; None when nothing had to be scored.
     finish_reason: "eos", "stop" (a stop string) or "length".
+    source: the text given to `build`; None when token ids were given.
+    settings: how it was asked: model, dtype, proxy, select, eta (None: groups given),
+    query (None: all of the question scored), the sampling, the frame tokens before the
+    text (prefix), the plan's n, interval, window, stride, m, recent and reserve, and
+    recent_token, recent_char: where in the text the recent entries begin, which every
+    question sees whole; None where there are none, or no characters.
     """
 
     text: str
@@ -99,6 +106,7 @@ class Answer:
     scores: np.ndarray | None = field(repr=False, default=None)
     finish_reason: str = "length"
     source: str | None = field(repr=False, default=None)
+    settings: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     def __str__(self) -> str:
         return self.text
@@ -109,7 +117,7 @@ class Answer:
         return passages(self.spans, self.source, limit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Text, ids, spans, stats, groups and finish reason as plain values."""
+        """All but scores and source, as plain values."""
         return {
             "text": self.text,
             "ids": self.ids.tolist(),
@@ -117,7 +125,43 @@ class Answer:
             "stats": self.stats.to_dict(),
             "groups": self.groups.tolist(),
             "finish_reason": self.finish_reason,
+            "settings": dict(self.settings),
         }
+
+    def to_html(self, question: str = "", title: str | None = None) -> str:
+        """A page that shows the passages in their text (`acre.page`)."""
+        from acre import page
+
+        return page.answer_page(self, question, title)
+
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        question: str = "",
+        title: str | None = None,
+    ) -> None:
+        """Writes `to_html` to a file. OSError."""
+        from acre import page
+
+        page.save(path, self, question, title)
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in the largest fitting unit."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def excerpt(text: str, limit: int) -> str:
+    """One line of at most about `limit` characters: both ends of a longer text."""
+    line = " ".join(text.split())
+    if len(line) <= limit:
+        return line
+    half = limit // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +222,18 @@ def spans_of(
     return out
 
 
-def _merged(run: Sequence[Span], source: str | None) -> Span:
+def runs(spans: Sequence[Span]) -> list[list[Span]]:
+    """Spans in text order, those that touch in one list."""
+    out: list[list[Span]] = []
+    for span in spans:
+        if out and out[-1][-1].token_end == span.token_start:
+            out[-1].append(span)
+        else:
+            out.append([span])
+    return out
+
+
+def merged(run: Sequence[Span], source: str | None) -> Span:
     """One span for a run of adjacent ones; the score is the sum."""
     first, last = run[0], run[-1]
     if source is not None and first.char_start is not None:
@@ -203,12 +258,6 @@ def passages(
 
     The text of a merged span is cut from `source`, or joined when there is none.
     """
-    runs: list[list[Span]] = []
-    for span in spans:
-        if runs and runs[-1][-1].token_end == span.token_start:
-            runs[-1].append(span)
-        else:
-            runs.append([span])
-    merged = [_merged(run, source) for run in runs]
-    merged.sort(key=lambda span: (-np.nan_to_num(span.score), span.token_start))
-    return merged if limit is None else merged[:limit]
+    found = [merged(run, source) for run in runs(spans)]
+    found.sort(key=lambda span: (-np.nan_to_num(span.score), span.token_start))
+    return found if limit is None else found[:limit]

@@ -211,6 +211,6 @@ def test_the_reference_is_whole():
 
 
 def test_excerpts():
-    assert cli.excerpt("a  b\nc") == "a b c"
-    assert len(cli.excerpt("x" * 2000)) < 340
+    assert cli.excerpt("a  b\nc", 320) == "a b c"
+    assert len(cli.excerpt("x" * 2000, 320)) < 340
     assert cli.bytes_text(999) == "999 B" and cli.bytes_text(2.5e9) == "2.5 GB"
