@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from acre.optional import needs
 from acre.report import Answer
 
 if TYPE_CHECKING:
@@ -55,13 +56,7 @@ NAMES = {
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            'acre.plot needs matplotlib: pip install "acre[plot]"'
-        ) from error
-    return plt
+    return needs("matplotlib.pyplot", "plot")
 
 
 def _axes(ax: Axes | None, size: tuple[float, float] = SIZE) -> Axes:

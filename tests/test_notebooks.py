@@ -15,8 +15,6 @@ import acre
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SECONDS = 300  # of one cell, on a machine with other work
-# A notebook starts where what it shows is there.
-NEEDS = {"4_longbench": hasattr(acre, "evaluate")}
 
 
 def named(paths: list[Path]) -> list[Any]:
@@ -63,8 +61,6 @@ def outputs(book: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("path", named(NOTEBOOKS))
 def test_runs(path, kernel, tmp_path):
-    if not NEEDS.get(path.stem, True):
-        pytest.skip("acre.evaluate is not there")
     smollm2()
     work = tmp_path / "work"
     made = outputs(run(path, kernel, work))
