@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import probe_texts
 from bench_cpu import commit, smollm2
 
 import acre
@@ -231,10 +232,10 @@ def make_probe(
         return len(model.tokenizer.encode(text))
 
     if name == "needle":
-        return probes.needles(probes.book_text(split), tokens, count, facts, seed)
+        return probe_texts.needles(probes.book_text(split), tokens, count, facts, seed)
     if name == "kv":
-        return probes.key_values(tokens, count, facts, seed)
-    return probes.passages(split, seed=seed)
+        return probe_texts.key_values(tokens, count, facts, seed)
+    return probe_texts.passages(split, seed=seed)
 
 
 def measure(bench: Bench, name: str, options: argparse.Namespace) -> Iterator[dict]:

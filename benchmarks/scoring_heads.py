@@ -14,12 +14,12 @@ import json
 import pathlib
 
 import numpy as np
+import probe_texts
 from bench_cpu import smollm2
 from retrieval import Bench, build, make_probe, recall
 
 import acre
 from acre import _core
-from acre.eval import probes
 from acre.scoring import calibrate, own_question
 
 Heads = list[tuple[int, int]]
@@ -97,7 +97,7 @@ def main() -> None:
     texts = [
         make_probe("needle", model, options.tokens, "train", seed=1),
         make_probe("kv", model, options.tokens, "train", seed=1),
-        probes.passages("train", limit=150, questions=50, seed=1),
+        probe_texts.passages("train", limit=150, questions=50, seed=1),
     ]
     given = {"weight": options.weight, "sink": options.sink}
     pooling = model.pooling | {k: v for k, v in given.items() if v is not None}

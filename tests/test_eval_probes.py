@@ -187,14 +187,3 @@ def test_a_background_without_sentences_is_broken_at_blanks():
     document = generate("niah_single", 3000, words, background=text, depths=[0.5])
     [(start, _)] = document.questions[0].evidence
     assert abs(start / len(document.text) - 0.5) < 0.02
-
-
-def test_probes_of_the_benchmarks_know_their_evidence():
-    for document in (
-        probes.needles(TOPICS * 9, 4000, pieces, facts=20, seed=2),
-        probes.key_values(4000, pieces, facts=20, seed=2),
-    ):
-        assert len(document.questions) == 20
-        for question in document.questions:
-            [(start, end)] = question.evidence
-            assert document.text[start:end] == question.answers[0]

@@ -8,6 +8,7 @@ nor tables. Refuses what the readers and generators refuse.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,8 +54,9 @@ def prepare(
     out = Prepared()
     for task in find(names):
         if task.benchmark == "probe":
-            out.documents += _generated(task, ask, count)
-            out.facts[task.name] = _facts(ask, "generated")
+            made = _generated(task, ask, count)
+            out.documents += made
+            out.facts[task.name] = _facts(ask, made)
             continue
         loaded = readers.load(task, data, ask.limit)
         measured = task.metric == perplexity.METRIC
@@ -71,9 +73,12 @@ def prepare(
     return out
 
 
-def _facts(ask: Ask, digest: str) -> dict[str, Any]:
+def _facts(ask: Ask, made: Sequence[Document]) -> dict[str, Any]:
+    """What generated documents depend on, and a digest of what came of it."""
+    texts = "".join(document.id for document in made).encode()
     return {
-        "digest": digest, "lengths": list(ask.lengths), "questions": ask.questions,
+        "digest": hashlib.sha256(texts).hexdigest(),
+        "lengths": list(ask.lengths), "questions": ask.questions,
         "depths": None if ask.depths is None else list(ask.depths),
         "texts": ask.texts, "seed": ask.seed,
     }  # fmt: skip
