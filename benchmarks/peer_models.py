@@ -10,6 +10,7 @@ weights, whose text is SmolLM2's tokens (all below its vocabulary).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,21 +84,79 @@ def bf16_bits(array: np.ndarray) -> np.ndarray:
 def torch_model(config: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> Any:
     """A transformers model on these bf16 tensors, without copying them."""
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     state = {
         name: torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         for name, array in bits.items()
     }
+    return _torch_model(config, state, torch.bfloat16)
+
+
+def torch_from_file(path: str | os.PathLike[str], dtype: str) -> Any:
+    """The transformers model of any file that acre opens, from the tensors that acre's
+    reader gives (transformers' own GGUF reader would need a further package).
+
+    dtype: "bf16" or "f32", of weights and arithmetic. FileNotFoundError,
+    ModelFileError; ValueError for scaled rotary positions.
+    """
+    import torch
+
+    kind = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype]
+    source = loaders.open_source(path)
+    state = {
+        name: _torch_tensor(array, held).to(kind)
+        for name, array, held in source.tensors()
+        if "acre_" not in name
+    }
+    biased = "model.layers.0.self_attn.q_proj.bias" in state
+    return _torch_model(torch_config(source.config, biased), state, kind)
+
+
+def torch_config(core: Mapping[str, Any], biased: bool) -> dict[str, Any]:
+    """The content of a config.json for a configuration of acre's core.
+
+    biased: q, k and v have biases, as in Qwen2. ValueError for scaled positions.
+    """
+    if core["rope"]["kind"] != "default":
+        kind = core["rope"]["kind"]
+        raise ValueError(f"rope: got {kind!r}, the benchmarks run 'default' only")
+    return {
+        "model_type": "qwen2" if biased else "llama",
+        "hidden_size": core["hidden"],
+        "num_hidden_layers": core["layers"],
+        "num_attention_heads": core["heads"],
+        "num_key_value_heads": core["kv_heads"],
+        "head_dim": core["head_dim"],
+        "intermediate_size": core["ffn"],
+        "vocab_size": core["vocab_size"],
+        "max_position_embeddings": core["w_max"],
+        "rms_norm_eps": core["rms_eps"],
+        "rope_theta": core["rope"]["theta"],
+        "tie_word_embeddings": core["tied_head"],
+    }
+
+
+def _torch_tensor(array: np.ndarray, held: str) -> Any:
+    """A copy as a tensor; held "bf16": the array has its bits."""
+    import torch
+
+    if held == "bf16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _torch_model(config: Mapping[str, Any], state: dict[str, Any], dtype: Any) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     family = {"llama": "Llama", "qwen2": "Qwen2"}[config["model_type"]]
     kind = getattr(transformers, f"{family}ForCausalLM")
     model = kind.from_pretrained(
         None,
         config=transformers.AutoConfig.for_model(**config),
         state_dict=state,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         attn_implementation="sdpa",
     )
     return model.eval()
@@ -149,8 +208,8 @@ def _add_tokenizer(writer: GGUFWriter, size: int) -> None:
 class SmolLM2:
     """SmolLM2-135M from its package's GGUF file (Q4_1, embeddings Q8_0).
 
-    transformers gets the tensors that acre's reader gives (its own GGUF reader would
-    need a further package), llama.cpp those that the gguf package gives.
+    transformers gets the tensors that acre's reader gives, llama.cpp those that the
+    gguf package gives.
     """
 
     name, trained = "smollm2", True
@@ -162,24 +221,7 @@ class SmolLM2:
         return acre.Model.from_pretrained(self.path, threads=threads, weights=kept)
 
     def open_torch(self) -> Any:
-        source = loaders.open_source(self.path)
-        own = source.config
-        config = {
-            "model_type": "llama",
-            "hidden_size": own["hidden"],
-            "num_hidden_layers": own["layers"],
-            "num_attention_heads": own["heads"],
-            "num_key_value_heads": own["kv_heads"],
-            "head_dim": own["head_dim"],
-            "intermediate_size": own["ffn"],
-            "vocab_size": own["vocab_size"],
-            "max_position_embeddings": own["w_max"],
-            "rms_norm_eps": own["rms_eps"],
-            "rope_theta": own["rope"]["theta"],
-            "tie_word_embeddings": own["tied_head"],
-        }
-        bits = {name: bf16_bits(array) for name, array, _ in source.tensors()}
-        return torch_model(config, bits)
+        return torch_from_file(self.path, "bf16")
 
     def write_gguf(self, path: Path, kind: str) -> None:
         reader = GGUFReader(self.path)
