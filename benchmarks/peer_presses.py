@@ -1,12 +1,12 @@
 """Others' compressed KV caches as methods of the evaluation, through transformers.
 
-Takes a model file, the name of a press of the package kvpress and a budget; gives a
-method that reads a document once and answers its questions greedily. One idea: weights,
-token ids, detokenising and stopping are acre's own, so that all that differs from
-acre's methods is which keys and values are kept. They keep the positions at which they
-were read, as in kvpress' pipeline. Refuses unknown presses, budgets that a press cannot
-keep, questions for which no position is left, and a press that keeps another number of
-entries than asked for.
+Takes a model file, the name of a press of the package kvpress and how acre would read;
+gives a method (acre.eval.methods.Method) that reads a document once and answers its
+questions greedily from as many entries as acre's answers attend to. One idea: weights,
+prompts, detokenising and stopping are acre's own, so that all that differs is which
+keys and values are kept. They keep the positions at which they were read, as in
+kvpress' pipeline. Refuses unknown presses, budgets that a press cannot keep, and a
+press that keeps another number of entries than asked for.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import inspect
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peer_models import torch_from_file
 
-import acre
-from acre.chat import Frame
-from acre.eval.records import Document, Question, Range
+from acre.eval.excerpt import Excerpt, middle_cut
+from acre.eval.methods import Reply, Settings, entries, positions
+from acre.eval.records import Document, Question
+from acre.eval.shelf import Shelf
 from acre.generate import Generation, Sampling, Stream, Streamer
 from acre.generate import run as decode
 
 REQUIREMENTS = "benchmarks/requirements-peers.txt"
-UNFRAMED = "{{ messages[0]['content'] }}{{ messages[-1]['content'] }}"
 
 
 @dataclass(frozen=True)
@@ -63,90 +63,6 @@ PRESSES: dict[str, Press | None] = {
         },
     ),
 }
-
-
-@dataclass
-class Reply:
-    """An answer and what it took.
-
-    context_tokens: tokens of the document that were read, without the frame's.
-    entries: KV entries per head that the answer attends to, before the question. kept:
-    character ranges of the text that are all there; None = not known. truncated: the
-    text's middle was not read. Times in seconds: build_s of reading the text before any
-    question (0 where each question reads it), first_token_s from being asked to the
-    first token. peak_bytes: the process's largest resident size since the document was
-    opened.
-    """
-
-    text: str
-    context_tokens: int
-    entries: int
-    kept: list[Range] | None
-    truncated: bool
-    build_s: float
-    first_token_s: float
-    decode_s: float
-    new_tokens: int
-    peak_bytes: int
-
-
-# ------------------------------------------------------------------------------ prompts
-
-
-def framed(tokenizer: acre.Tokenizer, document: Document) -> Frame:
-    """The document's frame; without chat, instruction, text and question alone."""
-    if document.chat:
-        return Frame(tokenizer, instruction=document.instruction)
-    begin = "{{ bos_token }}" if tokenizer.adds_bos else ""
-    return Frame(
-        tokenizer,
-        instruction=document.instruction,
-        acknowledgement="",
-        template=begin + UNFRAMED,
-    )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is read before the question. ids: int32 [n], the frame's and the text's.
-    tokens: those of the text. ranges: its characters that were read."""
-
-    ids: np.ndarray
-    tokens: int
-    ranges: list[Range]
-    truncated: bool
-
-
-def prompt(
-    tokenizer: acre.Tokenizer, frame: Frame, document: Document, positions: int
-) -> Prompt:
-    """Frame and text, cut so that every question and its answer find a position.
-
-    positions: the model's. A text that is too long loses its middle, as LongBench cuts
-    it. ValueError when a question leaves no room for any text.
-    """
-    body, offsets = tokenizer.encode_offsets(document.text)
-    asked = [
-        len(frame.question_ids(question.prompt)[0]) + question.max_new_tokens
-        for question in document.questions
-    ]
-    room = positions - len(frame.prefix_ids) - max(asked, default=0)
-    if room < 1:
-        raise ValueError(
-            f"questions: the longest and its answer take {max(asked)} of the model's "
-            f"{positions} positions, expected some left for the text"
-        )
-    size = len(document.text)
-    if len(body) <= room:
-        ids = np.concatenate([frame.prefix_ids, body])
-        return Prompt(ids, len(body), [(0, size)], False)
-    last = room // 2
-    head, tail = room - last, len(body) - last
-    ids = np.concatenate([frame.prefix_ids, body[:head], body[tail:]])
-    ranges = [(0, int(offsets[head - 1, 1]))]
-    if last:
-        ranges.append((int(offsets[tail, 0]), size))
-    return Prompt(ids, room, ranges, True)
 
 
 # ---------------------------------------------------------------------- keys and values
@@ -252,38 +168,34 @@ class TorchSequence:
 
 
 class TransformersMethod:
-    """A press at a budget, in the shape that the evaluation's runner takes."""
+    """A press with acre's budget, in the shape that the evaluation takes."""
 
     def __init__(
         self,
         press: str,
-        budget: int,
+        reading: Settings,
         path: Path,
         *,
         question_aware: bool = False,
         dtype: str = "bf16",
     ) -> None:
-        """press: one of PRESSES; "full" keeps all and takes no budget (0).
+        """press: one of PRESSES; "full" keeps everything. path: the model's file, the
+        same as acre's.
 
-        budget: KV entries per head that stand for frame and text. path: the model's
-        file, the same as acre's. question_aware: the text is read anew for each
-        question and compressed with it, up to the question's last token, and the
-        question's tokens are kept on top of the budget; else once, before any question.
+        reading: acre's settings; as many entries are kept as acre's answers attend to.
+        question_aware: the text is read anew for each question and compressed with it,
+        and the question's tokens are kept on top; else once, before any question.
         dtype: "bf16" or "f32". ValueError.
         """
         if press not in PRESSES:
             raise ValueError(f"press: got {press!r}, expected one of {list(PRESSES)}")
         self.press = PRESSES[press]
-        least = self.press.least if self.press else 0
-        if budget < least or (budget and not self.press):
-            expected = f"at least {least}" if self.press else "0"
-            raise ValueError(f"budget: got {budget}, {press} expects {expected}")
         if question_aware and not self.press:
             raise ValueError("question_aware: got True, 'full' has nothing to choose")
-        self.budget, self.path, self.dtype = budget, Path(path), dtype
+        self.reading, self.path, self.dtype = reading, Path(path), dtype
         self.question_aware = question_aware
         aware = "+question" if question_aware else ""
-        self.name = f"{press}{aware}-{budget}" if budget else f"transformers-{press}"
+        self.label = f"{press}{aware}" if self.press else "transformers-full"
 
     def settings(self) -> dict[str, Any]:
         """All that decides the answers, as JSON values."""
@@ -291,73 +203,76 @@ class TransformersMethod:
         return {
             "press": self.press.kind if self.press else "none",
             "options": dict(self.press.options) if self.press else {},
-            "budget": self.budget,
             "question_aware": self.question_aware,
             "dtype": self.dtype,
             "versions": {name: importlib.metadata.version(name) for name in packages},
+            **(asdict(self.reading) if self.press else {}),
         }
 
-    def open(self, model: acre.Model, document: Document) -> TransformersReading:
-        """Reads the document; `model` gives tokenizer, positions and ends of answers.
+    def open(self, shelf: Shelf, document: Document) -> TransformersReading:
+        """Reads the document; the shelf gives prompts, positions and the budget.
 
-        ValueError without a tokenizer or where questions leave no room.
+        ValueError for a budget that the press cannot keep.
         """
-        if model.tokenizer is None:
-            raise ValueError("model: has no tokenizer")
-        return TransformersReading(self, model, document)
+        offsets = shelf.offsets(document)
+        excerpt = middle_cut(document.text, offsets, positions(shelf, document))
+        keep = None
+        if self.press:
+            prefix = len(shelf.frame(document).prefix_ids)
+            keep = entries(shelf, document, self.reading) + prefix
+            if keep < self.press.least:
+                raise ValueError(
+                    f"budget: got {keep}, {self.label} keeps {self.press.least} or more"
+                )
+        return TransformersReading(self, shelf, document, excerpt, keep)
 
 
 class TransformersReading:
     """A document that was read, ready for questions."""
 
     def __init__(
-        self, method: TransformersMethod, model: acre.Model, document: Document
+        self,
+        method: TransformersMethod,
+        shelf: Shelf,
+        document: Document,
+        excerpt: Excerpt,
+        keep: int | None,
     ) -> None:
-        self._method, self._model = method, model
+        self._method, self._shelf, self._document = method, shelf, document
+        self._excerpt, self._keep = excerpt, keep
         self._torch = _open(method.path, method.dtype)
-        self._frame = framed(model.tokenizer, document)
-        self.prompt = prompt(
-            model.tokenizer, self._frame, document, model.config["w_max"]
-        )
-        reset_peak()
+        self._frame = shelf.frame(document)
+        body = shelf.model.tokenizer.encode(excerpt.text)
+        self.ids = np.concatenate([self._frame.prefix_ids, body])
         self._sequence: TorchSequence | None = None
         self._build_s = 0.0
         if not method.question_aware:
             start = time.perf_counter()
-            self._sequence = self._read(self.prompt.ids, 0)
+            self._sequence = self._read(self.ids, 0)
             self._build_s = time.perf_counter() - start
 
     def _read(self, ids: np.ndarray, asked: int) -> TorchSequence:
         """A new sequence that keeps the budget and room for `asked` question tokens."""
-        method, sequence = self._method, TorchSequence(self._torch)
-        keep = method.budget + asked if method.press else len(ids)
-        sequence.read(ids, method.press, keep)
+        sequence = TorchSequence(self._torch)
+        keep = len(ids) if self._keep is None else self._keep + asked
+        sequence.read(ids, self._method.press, keep)
         return sequence
 
     def _begun(
         self, ids: np.ndarray, last: int
     ) -> tuple[TorchSequence, np.ndarray, int]:
         """(sequence, ids to feed, question tokens that it has already)."""
-        if not self._method.question_aware:
-            if self._sequence is None:
-                raise ValueError("reading: it is closed")
+        if self._sequence is not None:
             return self._sequence, ids, 0
         asked = min(last, len(ids) - 1)  # something must be fed to get a first token
-        sequence = self._read(np.concatenate([self.prompt.ids, ids[:asked]]), asked)
+        sequence = self._read(np.concatenate([self.ids, ids[:asked]]), asked)
         return sequence, ids[asked:], asked
 
     def ask(self, question: Question) -> Reply:
-        """Answers greedily; the reading stays as it was.
-
-        ValueError for a question that was not the document's and finds no room.
-        """
-        ids, _, last = self._frame.question_ids(question.prompt)
-        needed = len(self.prompt.ids) + len(ids) + question.max_new_tokens
-        if needed > self._model.config["w_max"]:
-            raise ValueError(
-                f"question: with text and answer it takes {needed} positions, the "
-                f"model has {self._model.config['w_max']}"
-            )
+        """Answers greedily; the reading stays as it was."""
+        reset_peak()
+        framed = self._shelf.asked(self._document, question)
+        ids, _, last = self._frame.question_ids(framed.prompt)
         start = time.perf_counter()
         sequence, rest, asked = self._begun(ids, last)
         size, position = sequence.entries, sequence.position
@@ -366,39 +281,27 @@ class TransformersReading:
             made = self._decode(sequence, question)
         finally:
             sequence.cut(size, position)
-        return self._reply(made, size - asked, made.first_token_at - start)
-
-    def _decode(self, sequence: TorchSequence, question: Question) -> Generation:
-        limit = question.max_new_tokens
-        model = self._model
-        pieces = decode(
-            sequence,
-            Sampling(limit, stop=question.stop),
-            limit,
-            model.tokenizer,
-            model.eos_ids,
-            Streamer(None),
-        )
-        return Stream(pieces).finish()
-
-    def _reply(self, made: Generation, entries: int, first_token_s: float) -> Reply:
-        read = self.prompt
+        whole = size - asked == len(self.ids)
         return Reply(
             text=made.text,
-            context_tokens=read.tokens,
-            entries=entries,
-            kept=read.ranges if entries == len(read.ids) else None,
-            truncated=read.truncated,
+            context_tokens=len(self.ids) - len(self._frame.prefix_ids),
+            entries=size - asked,
+            kept=list(self._excerpt.ranges) if whole else None,
+            truncated=not self._excerpt.complete or framed.cut,
             build_s=self._build_s,
-            first_token_s=first_token_s,
+            first_token_s=made.first_token_at - start,
             decode_s=made.decode_s,
             new_tokens=len(made.ids),
             peak_bytes=peak_bytes(),
         )
 
-    def close(self) -> None:
-        """Frees the keys and values."""
-        self._sequence = None
+    def _decode(self, sequence: TorchSequence, question: Question) -> Generation:
+        limit, model = question.max_new_tokens, self._shelf.model
+        sampling = Sampling(limit, stop=question.stop)
+        pieces = decode(
+            sequence, sampling, limit, model.tokenizer, model.eos_ids, Streamer(None)
+        )
+        return Stream(pieces).finish()
 
 
 # ------------------------------------------------------------------------------- memory
