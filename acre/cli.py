@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,6 +74,12 @@ def passage_line(span: Span) -> str:
     else:
         place = f"tokens {span.token_start}-{span.token_end}"
     return f"  {place}, score {span.score:.3f}: {excerpt(span.text, EXCERPT)}"
+
+
+def page_path(path: str, number: int) -> Path:
+    """Where the page of the number-th answer goes: FILE, then FILE-2, FILE-3, ..."""
+    first = Path(path)
+    return first if number == 1 else first.with_stem(f"{first.stem}-{number}")
 
 
 def show_answer(answer: Answer, show_passages: bool) -> None:
@@ -223,8 +230,10 @@ def command_ask(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.file)
     cache = cached(arguments, open_model(arguments), text)
 
+    asked = itertools.count(1)
+
     def answer(question: str) -> None:
-        ask_once(
+        said = ask_once(
             cache,
             question,
             arguments.show_passages,
@@ -234,6 +243,10 @@ def command_ask(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
             seed=arguments.seed,
         )
+        if arguments.html:
+            page = page_path(arguments.html, next(asked))
+            said.save_html(page, question)
+            say(f"page: {page}")
 
     if not arguments.question:
         converse(answer)
@@ -339,6 +352,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--temperature", type=float, default=0.0)
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--cache", metavar="CACHE", help="load it, or build and keep it")
+    ask.add_argument(
+        "--html", metavar="FILE", help="a page that shows the passages in the text"
+    )
     _passages_option(ask)
     ask.set_defaults(run=command_ask)
 

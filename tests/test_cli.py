@@ -48,6 +48,15 @@ def test_ask_several_without_passages(folder, capsys):
     assert "? one?" in err and "? two?" in err and "chars " not in err
 
 
+def test_ask_leaves_a_page_per_answer(folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    more = ["-q", "one?", "-q", "two?", "--max-new-tokens", "4", "--html", str(page)]
+    assert cli.main(ask(folder, *more)) == 0
+    assert f"page: {tmp_path / 'page-2.html'}" in capsys.readouterr().err
+    assert "one?" in page.read_text("utf-8")
+    assert "two?" in (tmp_path / "page-2.html").read_text("utf-8")
+
+
 def test_ask_matches_the_library(folder, capsys):
     cli.main(ask(folder, "-q", QUESTION, "--max-new-tokens", "8"))
     model = acre.Model.from_pretrained(folder / "model", "f32")

@@ -68,7 +68,19 @@ def test_perplexity_varies_with_what_is_read(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(row["count"] == 4 and row["score"] > 1 for row in rows)
     assert len({row["score"] for row in rows}) == 4
-    assert "## By length" in done.markdown()
+    assert "## By length" in done.markdown() and "of 2nd half" in done.markdown()
+    made = {path.name for path in done.plot(tmp_path)}
+    assert made == {"books.perplexity.png", "books.length.score.png"}
+
+
+def test_needle_maps(tmp_path):
+    model = toy.model(w_max=evaluations.W_MAX)
+    done = acre.sweep("needle", model, {"interval": [8], "window": [128]}, None,
+                      tmp_path, lengths=(700, 900), depths=(0.1, 0.9), beside=["full"],
+                      progress=False)  # fmt: skip
+    maps = sorted(path.name for path in tmp_path.glob("*.depth.*.png"))
+    assert len(maps) == 2 and maps[1] == "probe_needle.depth.full.png"
+    assert {row["value"] for row in done.buckets()} == {"700", "900", "0.1", "0.9"}
 
 
 def test_the_command(place, tmp_path, capsys):

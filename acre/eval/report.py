@@ -21,7 +21,8 @@ from acre.eval.results import Sample, write_atomically
 
 COLUMNS = {
     "task": "task", "method": "method", "score": "score", "count": "n",
-    "recall": "recall", "entries": "entries", "build_s": "build s",
+    "late": "of 2nd half", "recall": "recall", "entries": "entries",
+    "build_s": "build s",
     "first_token_ms": "first token ms", "tokens_per_s": "tok/s",
     "peak_mb": "peak MB", "truncated": "cut", "skipped": "skipped",
     "errors": "errors",
@@ -68,7 +69,10 @@ def row_of(samples: Sequence[Sample]) -> dict[str, Any]:
     good = [s for s in samples if "score" in s]
     first = [1e3 * s["cost"]["first_token_s"] for s in good]
     peak = max((s["cost"]["peak_bytes"] for s in good), default=None)
-    return {
+    nats = mean(s.get("nats") for s in good)
+    late = mean(s.get("late_nats") for s in good)
+    measured = {} if nats is None else {"nats": nats, "late": math.exp(late)}
+    return measured | {
         "score": _score(good),
         "count": len(good),
         "recall": mean(s["recall"] for s in good),

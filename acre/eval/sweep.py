@@ -19,6 +19,7 @@ from typing import Any
 
 from acre.eval.methods import Method, Settings, make
 from acre.eval.perplexity import METRIC as PERPLEXITY
+from acre.eval.pictures import draw
 from acre.eval.report import COLUMNS, Report, table
 from acre.eval.results import write_atomically
 from acre.eval.run import evaluate
@@ -102,33 +103,10 @@ class Sweep:
         return self.plot(folder)
 
     def plot(self, folder: Path) -> list[Path]:
-        """One PNG per task and figure that its axes allow; none without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-
-            from acre import plot
-        except ImportError:
-            return []
-        made = []
-        for task in dict.fromkeys(row["task"] for row in self.rows()):
-            rows = [r for r in self.rows() if r["task"] == task and r["way"] == "acre"]
-            for value in ("score", "recall"):
-                known = [row for row in rows if row[value] is not None]
-                if not known:
-                    continue
-                figure = Figure(figsize=(6, 4), layout="constrained")
-                axes = figure.add_subplot()
-                if {"interval", "eta"} <= self.axes.keys():
-                    plot.surface(known, value=value, ax=axes)
-                elif "interval" in self.axes:
-                    by = next((a for a in AXES[1:] if a in self.axes), "way")
-                    plot.lines(known, "interval", value, by, ax=axes)
-                else:
-                    continue
-                axes.set_title(f"{task}: {value}")
-                made.append(folder / f"{task}.{value}.png")
-                figure.savefig(made[-1], dpi=150)
-        return made
+        """A PNG per picture that axes, lengths and depths allow; none without
+        matplotlib."""
+        report, axes = self.report, self.axes
+        return draw(folder, report.samples, self.rows(), self.buckets(), axes)
 
 
 def sweep(
