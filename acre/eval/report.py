@@ -121,6 +121,18 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
+def with_settings(
+    rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of a report, each with its method's settings and, as `way`, its name."""
+    out = []
+    for row in rows:
+        settings = dict(run["methods"][row["method"]])
+        way = settings.pop("method", row["method"])
+        out.append({**row, **settings, "way": way})
+    return out
+
+
 @dataclass(frozen=True)
 class Report:
     """Scores of an evaluation. `run` are the facts of run.json; `bad` the records of

@@ -16,9 +16,10 @@ from typing import Any
 
 from acre.eval import engines
 from acre.eval.methods import Method, Settings, make_all
+from acre.eval.pictures import draw
 from acre.eval.prepare import Ask, Prepared, prepare
 from acre.eval.readers import Data
-from acre.eval.report import Report
+from acre.eval.report import Report, with_settings
 from acre.eval.results import Journal, Sample, versions
 from acre.eval.work import ModelSpec, Work, order, works
 from acre.model import Model
@@ -176,4 +177,8 @@ def _evaluate(
         samples = [journal.samples[key] for key in keys if key in journal.samples]
     report = Report(samples, facts, [str(record) for record in prepared.bad])
     report.save(folder)
+    rows, buckets = (
+        with_settings(some, facts) for some in (report.table(), report.buckets())
+    )
+    draw(folder, samples, rows, buckets, {})
     return report

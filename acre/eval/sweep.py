@@ -20,7 +20,7 @@ from typing import Any
 from acre.eval.methods import Method, Settings, make
 from acre.eval.perplexity import METRIC as PERPLEXITY
 from acre.eval.pictures import draw
-from acre.eval.report import COLUMNS, Report, table
+from acre.eval.report import COLUMNS, Report, table, with_settings
 from acre.eval.results import write_atomically
 from acre.eval.run import evaluate
 from acre.eval.tasks import find
@@ -46,18 +46,6 @@ def combinations(axes: Mapping[str, Sequence[Any]], method: str = "acre") -> lis
         said = ",".join(f"{name}={value}" for name, value in chosen.items())
         labels.append(f"{method}:{said}" if said else method)
     return labels
-
-
-def with_settings(
-    rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Rows of a report, each with its method's settings and, as `way`, its name."""
-    out = []
-    for row in rows:
-        settings = dict(run["methods"][row["method"]])
-        way = settings.pop("method", row["method"])
-        out.append({**row, **settings, "way": way})
-    return out
 
 
 @dataclass(frozen=True)
