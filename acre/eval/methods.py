@@ -333,8 +333,8 @@ def plan(
 
 
 def fitting(shelf: Shelf, document: Document, settings: Settings) -> Excerpt:
-    """The document, or, where it is too long for the settings, as much of its ends as
-    full windows of it fit."""
+    """The document, or, where it is too long for the settings, its ends: as many full
+    windows as fit, also if the seam makes a few tokens more or fewer."""
     prefix = len(shelf.frame(document).prefix_ids)
     offsets = shelf.offsets(document)
 
@@ -344,6 +344,10 @@ def fitting(shelf: Shelf, document: Document, settings: Settings) -> Excerpt:
         except _core.TooLongError:
             return False
 
+    def windows_fit(count: int) -> bool:
+        n = settings.window + count * settings.stride
+        return all(fits(n + seam) for seam in (-SEAM, 0, SEAM) if n + seam > 0)
+
     if fits(prefix + len(offsets)):
         return Excerpt.whole(document.text)
     low, high = 0, (len(offsets) + prefix - settings.window) // settings.stride
@@ -351,7 +355,7 @@ def fitting(shelf: Shelf, document: Document, settings: Settings) -> Excerpt:
         plan(shelf, document, settings, settings.window)  # says why
     while low < high:  # windows behind the first that fit
         middle = (low + high + 1) // 2
-        if fits(settings.window + middle * settings.stride):
+        if windows_fit(middle):
             low = middle
         else:
             high = middle - 1
