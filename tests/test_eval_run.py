@@ -10,6 +10,7 @@ import sys
 import time
 
 import evaluations
+import numpy as np
 import pytest
 import toy
 from evaluations import SETTINGS, TASK
@@ -49,6 +50,9 @@ def test_every_question_is_scored_by_every_method(reader, place, tmp_path):
     ]
     assert all(row["count"] == 6 and row["errors"] == 0 for row in rows)
     assert all(0 <= row["score"] <= 100 and row["peak_mb"] > 0 for row in rows)
+    scores = [100 * s["score"] for s in report.samples if s["method"] == "acre"]
+    assert rows[0]["score"] == pytest.approx(np.mean(scores))
+    assert rows[0]["stderr"] == pytest.approx(np.std(scores, ddof=1) / 6**0.5)
     samples = lines(tmp_path / "predictions.jsonl")
     assert len(samples) == 18 and "cost" not in samples[0]
     ids = [s["id"] for s in samples if s["method"] == "acre"]

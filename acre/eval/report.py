@@ -20,7 +20,7 @@ from acre.eval.perplexity import METRIC as PERPLEXITY
 from acre.eval.results import Sample, write_atomically
 
 COLUMNS = {
-    "task": "task", "method": "method", "score": "score", "count": "n",
+    "task": "task", "method": "method", "score": "score", "stderr": "+-", "count": "n",
     "late": "of 2nd half", "recall": "recall", "entries": "entries",
     "build_s": "build s",
     "first_token_ms": "first token ms", "tokens_per_s": "tok/s",
@@ -51,6 +51,14 @@ def _score(good: Sequence[Sample]) -> float | None:
     return 100 * value
 
 
+def _error(good: Sequence[Sample]) -> float | None:
+    """Standard error of 100 x the mean score; None of one sample, of perplexity."""
+    if len(good) < 2 or any("nats" in sample for sample in good):
+        return None
+    scores = [sample["score"] for sample in good]
+    return 100 * statistics.stdev(scores) / math.sqrt(len(scores))
+
+
 def _rate(good: Sequence[Sample]) -> float | None:
     """Tokens per second of decoding, over all answers together."""
     tokens = sum(max(s["new_tokens"] - 1, 0) for s in good)
@@ -74,6 +82,7 @@ def row_of(samples: Sequence[Sample]) -> dict[str, Any]:
     measured = {} if nats is None else {"nats": nats, "late": math.exp(late)}
     return measured | {
         "score": _score(good),
+        "stderr": _error(good),
         "count": len(good),
         "recall": mean(s["recall"] for s in good),
         "entries": mean(s["entries"] for s in good),
@@ -143,10 +152,11 @@ class Report:
     bad: Sequence[str] = ()
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per task and method, then one per benchmark average: task, method,
-        score (x100; perplexity as it is), count, recall, entries, costs, errors."""
+        """One row per task and method: task, method, score (x100; perplexity as it
+        is), stderr, count, recall, entries, costs, truncated, skipped, errors."""
         groups: dict[tuple[str, str], list[Sample]] = {}
-        for sample in self.samples:
+        tasks = list(dict.fromkeys(sample["task"] for sample in self.samples))
+        for sample in sorted(self.samples, key=lambda s: tasks.index(s["task"])):
             groups.setdefault((sample["task"], sample["method"]), []).append(sample)
         return [{"task": t, "method": m, **row_of(s)} for (t, m), s in groups.items()]
 
@@ -161,7 +171,7 @@ class Report:
             scores = [r["score"] for r in rows if r["method"] == method
                       and r["score"] is not None and own]  # fmt: skip
             if own:
-                row = row_of(own) | {"score": mean(scores)}
+                row = row_of(own) | {"score": mean(scores), "stderr": None}
                 out.append({"task": "mean of tasks", "method": method, **row})
         return out
 
@@ -231,8 +241,8 @@ def _legend(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the columns mean."""
     return (
         "score: x100, mean over samples of the best reference"
-        f" ({PERPLEXITY}: exp of the mean nats). recall: share of the known evidence "
-        "that the answer could attend to token by token. entries: what a layer held "
+        f" ({PERPLEXITY}: exp of the mean nats), +- its standard error. recall: share "
+        "of the known evidence that the answer could attend to token by token. entries: what a layer held "
         "besides the question, mean. build: once per document. first token: median, "
         "from the question, retrieval included. tok/s: decoding. peak: the engine's "
         "bytes, weights included. cut: samples whose text or question was cut."
