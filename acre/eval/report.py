@@ -240,9 +240,9 @@ class Report:
 def _legend(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the columns mean."""
     return (
-        "score: x100, mean over samples of the best reference"
-        f" ({PERPLEXITY}: exp of the mean nats), +- its standard error. recall: share "
-        "of the known evidence that the answer could attend to token by token. entries: what a layer held "
+        f"score: x100, mean over samples of the best reference ({PERPLEXITY}: exp of "
+        "the mean nats), +- its standard error. recall: share of the known evidence "
+        "that the answer could attend to token by token. entries: what a layer held "
         "besides the question, mean. build: once per document. first token: median, "
         "from the question, retrieval included. tok/s: decoding. peak: the engine's "
         "bytes, weights included. cut: samples whose text or question was cut."
