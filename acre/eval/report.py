@@ -28,6 +28,15 @@ COLUMNS = {
     "errors": "errors",
 }  # fmt: skip
 
+LEGEND = (
+    f"score: x100, mean over samples of the best reference ({PERPLEXITY}: exp of "
+    "the mean nats), +- its standard error. recall: share of the known evidence "
+    "that the answer could attend to token by token. entries: what a layer held "
+    "besides the question, mean. build: once per document. first token: median, "
+    "from the question, retrieval included. tok/s: decoding. peak: the engine's "
+    "bytes, weights included. cut: samples whose text or question was cut."
+)
+
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Of the values there are; None of none."""
@@ -190,7 +199,7 @@ class Report:
         """The report for people."""
         parts = ["# Evaluation", "", self._facts(), ""]
         rows = self.table() + self.averages()
-        parts += [table(rows, COLUMNS), "", _legend(rows)]
+        parts += [table(rows, COLUMNS), "", LEGEND]
         split = self.buckets()
         if split:
             columns = {"task": "task", "method": "method", "bucket": "bucket",
@@ -235,15 +244,3 @@ class Report:
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "report.json", text)
         write_atomically(folder / "report.md", self.markdown())
-
-
-def _legend(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the columns mean."""
-    return (
-        f"score: x100, mean over samples of the best reference ({PERPLEXITY}: exp of "
-        "the mean nats), +- its standard error. recall: share of the known evidence "
-        "that the answer could attend to token by token. entries: what a layer held "
-        "besides the question, mean. build: once per document. first token: median, "
-        "from the question, retrieval included. tok/s: decoding. peak: the engine's "
-        "bytes, weights included. cut: samples whose text or question was cut."
-    )
