@@ -7,8 +7,10 @@ question.
 
     acre    selective attention with the method's interval, windows and carry
     full    every earlier token; texts beyond the model's positions do not apply
-    stream  a sliding window of as many keys as acre has at the end of the text: windows
-            of half of them, the other half carried over, no L1 entries
+    stream  a sink and a sliding window of as many keys as acre has at the end of the
+            text: windows of half of them, the other half carried over. The sink is the
+            first token, entry 0 of an interval of a whole window; the few entries of
+            later windows weigh a token each
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def options_of(
         keys = settings.budget or _keys(shelf, document, settings, n)
         carry = keys // 2
         sizes = {"window": keys, "stride": keys - carry, "carry": carry}
-        return {"interval": n + 1, **sizes, "eta": 0, "reserve": 1}
+        sink = {"interval": keys, "sink": 1, "weight": 1}
+        return {**sink, **sizes, "eta": 0, "reserve": 1}
     raise NotApplicableError("perplexity: chooses by a question")
 
 
