@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -37,19 +35,6 @@ def all_keys(cache: acre.Cache, layer: int = 0) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------- model
-
-
-def test_what_is_loaded_late_is_there():
-    code = (
-        "import sys, acre; late = {'acre.eval.run', 'acre.eval.sweep', 'acre.plot', "
-        "'acre.page', 'matplotlib'}; assert not late & set(sys.modules); "
-        "assert {'evaluate', 'plot'} <= set(dir(acre)); "
-        "assert 'methods' in acre.evaluate.__doc__ and acre.sweep and acre.page; "
-        "assert acre.plot.surface and 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
-        _ = acre.evalute
 
 
 def test_logits_and_generation_agree(model):

@@ -5,8 +5,11 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
+
+import acre
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
@@ -69,3 +72,16 @@ def test_the_seam_is_also_cxx():
     command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     header = ROOT / "csrc" / "backend.h"
     subprocess.run([*command, "-x", "c++", "-include", header, "/dev/null"], check=True)
+
+
+def test_what_is_loaded_late_is_there():
+    code = (
+        "import sys, acre; late = {'acre.eval.run', 'acre.eval.sweep', 'acre.plot', "
+        "'acre.page', 'matplotlib'}; assert not late & set(sys.modules); "
+        "assert {'evaluate', 'plot'} <= set(dir(acre)); "
+        "assert 'methods' in acre.evaluate.__doc__ and acre.sweep and acre.page; "
+        "assert acre.plot.surface and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        _ = acre.evalute
