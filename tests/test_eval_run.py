@@ -17,6 +17,7 @@ from evaluations import SETTINGS, TASK
 
 import acre
 from acre import cli
+from acre.eval.report import COLUMNS, table
 from acre.eval.results import Journal
 from acre.eval.work import ModelSpec
 
@@ -155,6 +156,13 @@ def test_a_question_that_fails_is_reported_and_tried_again(reader, place, tmp_pa
     report = evaluate(reader, place, tmp_path, (Failing("none"),), progress=seen.append)
     assert [sample["id"] for sample in seen] == ["0.1"]
     assert report.table()[0]["errors"] == 0 and report.table()[0]["count"] == 6
+
+
+def test_a_score_of_nothing_is_shown():
+    rows = [{"task": "t", "method": "m", "score": 0.0, "count": 3, "errors": 0}]
+    said = table(rows, COLUMNS).splitlines()
+    assert said[0] == "| task | method | score | n |"
+    assert said[2] == "| t    | m      |  0.00 | 3 |"
 
 
 def test_a_torn_line_is_dropped_and_a_broken_one_refused(reader, place, tmp_path):

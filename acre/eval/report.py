@@ -28,6 +28,7 @@ COLUMNS = {
     "errors": "errors",
 }  # fmt: skip
 
+ALWAYS = ("task", "method", "way", "score", "count")  # also where all are 0
 LEGEND = (
     f"score: x100, mean over samples of the best reference ({PERPLEXITY}: exp of "
     "the mean nats), +- its standard error. recall: share of the known evidence "
@@ -120,8 +121,11 @@ def shown(value: Any) -> str:
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A Markdown table, its columns aligned for reading as plain text; columns with
     nothing in them are left out."""
-    keys = [k for k in columns if any(row.get(k) not in (None, 0) for row in rows)]
-    keys = keys or list(columns)
+    keys = [
+        key
+        for key in columns
+        if key in ALWAYS or any(row.get(key) not in (None, 0) for row in rows)
+    ]
     cells = [[columns[k] for k in keys]]
     cells += [[shown(row.get(k)) for k in keys] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
