@@ -79,7 +79,7 @@ def test_needle_maps(tmp_path):
                       tmp_path, lengths=(700, 900), depths=(0.1, 0.9), beside=["full"],
                       progress=False)  # fmt: skip
     maps = sorted(path.name for path in tmp_path.glob("*.depth.*.png"))
-    assert len(maps) == 2 and maps[1] == "probe_needle.depth.full.png"
+    assert len(maps) == 4 and "probe_needle.depth.recall.full.png" in maps
     assert {row["value"] for row in done.buckets()} == {"700", "900", "0.1", "0.9"}
 
 

@@ -75,16 +75,19 @@ def _of_lengths(task: str, buckets: Sequence[Row], plot: Any) -> Iterator[Named]
 
 
 def _of_depths(samples: Sequence[Sample], plot: Any) -> Iterator[Named]:
-    """A needle map per task and method: the share of questions answered."""
-    maps: dict[tuple[str, str], list[Row]] = {}
+    """Needle maps per task and method: the share answered, the share attended to."""
+    maps: dict[tuple[str, str, str], list[Row]] = {}
     for sample in samples:
         buckets = sample["buckets"]
-        if "depth" in buckets and "score" in sample:
-            row = {"length": int(buckets["length"]), "depth": float(buckets["depth"]),
-                   "score": sample["score"]}  # fmt: skip
-            maps.setdefault((sample["task"], sample["method"]), []).append(row)
-    for (task, method), rows in maps.items():
-        stem = f"{task}.depth.{method.replace(':', '_').replace('/', '_')}"
+        for value in ("score", "recall"):
+            if "depth" in buckets and sample.get(value) is not None:
+                row = {"length": int(buckets["length"]),
+                       "depth": float(buckets["depth"]),
+                       "score": sample[value]}  # fmt: skip
+                key = (sample["task"], sample["method"], value)
+                maps.setdefault(key, []).append(row)
+    for (task, method, value), rows in maps.items():
+        stem = f"{task}.depth.{value}.{method.replace(':', '_').replace('/', '_')}"
         yield stem, lambda ax, r=rows: plot.needle_map(r, ax=ax)
 
 
@@ -113,7 +116,7 @@ def draw(
         figure = Figure(figsize=(6.4, 4), layout="constrained")
         ax = figure.add_subplot()
         drawn(ax)
-        ax.set_title(stem.rpartition(".depth.")[2].replace(".", ": ", 1))
+        ax.set_title(stem.replace(".", ", "))
         made.append(folder / f"{stem}.png")
         figure.savefig(made[-1], dpi=150)
     return made
