@@ -1,4 +1,5 @@
-"""Small evaluations on the tiny model: rows as LongBench publishes them, settings."""
+"""Small evaluations on the tiny model: rows as LongBench publishes them, settings; and
+what rows become as documents."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import toy
+
+from acre.eval.records import Document
+from acre.eval.tasks import TASKS as KNOWN
 
 TASK = "multifieldqa_en"
 SETTINGS: dict[str, Any] = {
@@ -43,3 +47,12 @@ def folder(path: Path, texts: int = 3, questions: int = 2) -> Path:
     config = toy.hf_config(w_max=W_MAX)
     (path / "model" / "config.json").write_text(json.dumps(config))
     return path
+
+
+def only(name: str, row: dict, line: int = 7) -> Document:
+    [document] = KNOWN[name].parse(row, line)
+    return document
+
+
+def joined(document: Document, i: int = 0) -> str:
+    return document.instruction + document.text + document.questions[i].prompt

@@ -8,26 +8,17 @@ import os
 from pathlib import Path
 
 import pytest
+from evaluations import joined, only
 
 from acre.eval import metrics
 from acre.eval.published import published
 from acre.eval.readers import load
-from acre.eval.records import Document
 from acre.eval.tasks import TASKS
 from acre.eval.tasks.longbench import METRICS
 from acre.eval.tasks.samples import PASSAGES, hide, literal
 
 DATA = os.environ.get("ACRE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="ACRE_DATA names no folder")
-
-
-def only(name: str, row: dict, line: int = 7) -> Document:
-    [document] = TASKS[name].parse(row, line)
-    return document
-
-
-def joined(document: Document, i: int = 0) -> str:
-    return document.instruction + document.text + document.questions[i].prompt
 
 
 def lines(name: str) -> list[dict]:

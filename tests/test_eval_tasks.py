@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 
 import pytest
+from evaluations import joined, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,15 +43,6 @@ V2 = {
     "domain": "Code",
 } | {f"choice_{x}": f" choice $C_{x}$ {x}" for x in "ABCD"}
 BUCKETS = {"difficulty": "hard", "length": "long", "domain": "Code"}
-
-
-def only(name: str, row: dict, line: int = 7) -> Document:
-    [document] = TASKS[name].parse(row, line)
-    return document
-
-
-def joined(document: Document, i: int = 0) -> str:
-    return document.instruction + document.text + document.questions[i].prompt
 
 
 def lines(name: str) -> list[dict]:

@@ -19,13 +19,13 @@ import numpy as np
 
 from acre import _core
 from acre.build import Figures, State, build_options, pooling_options
+from acre.cache import SELECTS
 from acre.generate import integer
 from acre.report import Layout
 
 if TYPE_CHECKING:
     from acre.model import Model
 
-SELECTS = ("shared", "per_layer")
 SMALLEST_WINDOW = 1024
 MOST_RESERVE = 4096  # the core's own bound: the smaller of it and w_max/8
 SAME_SHAPE = "interval window stride carry eta reserve weight sink".split()
