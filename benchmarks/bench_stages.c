@@ -180,11 +180,13 @@ static void pool(acre_queue *queue, void *dst, const void *const *sources, int64
   end(POOL, 0, (double)(count * (l + 1) * width) * (double)acre_dtype_size(dtype));
 }
 
-static void attend(acre_queue *queue, void *out, int64_t out_stride, const float *q,
-                   int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                   int64_t seen, int64_t rows, bool split, const acre_heads *heads) {
+static void attend(acre_queue *queue, void *out, int64_t out_stride, float *lse,
+                   const float *q, int64_t q_stride, const acre_keys *prefix,
+                   const acre_keys *own, int64_t seen, int64_t rows, bool split,
+                   const acre_heads *heads) {
   begin();
-  real->attend(queue, out, out_stride, q, q_stride, prefix, own, seen, rows, split, heads);
+  real->attend(queue, out, out_stride, lse, q, q_stride, prefix, own, seen, rows, split,
+               heads);
   double keys = (prefix ? (double)prefix->count : 0) + (double)seen;
   double pairs = (double)rows * (keys + (double)(rows + 1) / 2);
   end(ATTEND, 4.0 * pairs * (double)(heads->heads * heads->head_dim),

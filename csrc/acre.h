@@ -7,6 +7,7 @@
  *   builder  reads a text window by window                  one owner
  *   cache    the frozen bi-layer KV cache                   immutable, shareable
  *   session  one question, or one generation                one owner
+ *   trainer  L1 parameters that learn, on a frozen model    one owner
  *
  * Every noun is reference counted and retains what it needs: release in any order,
  * and releasing NULL does nothing. Every fallible call returns a status and fills the
@@ -17,7 +18,7 @@
  * eta refill budget in L2 tokens, k refilled groups, t query tokens, h query heads,
  * g KV heads, d head dim, L layers, w_max usable positions, r recent entries.
  *
- * Threads: functions on different objects may run at once. A builder or session that is
+ * Threads: functions on different objects may run at once. A builder, session or trainer that is
  * in use on another thread answers ACRE_BUSY. Everything else is read-only and reentrant,
  * except acre_model_bind and acre_model_ready, which belong to one thread.
  */
@@ -364,6 +365,97 @@ ACRE_API acre_status acre_session_logits(acre_session *session, float *logits,
                                          acre_error *error);
 /* Entries in view: positions used so far. */
 ACRE_API int64_t acre_session_count(const acre_session *session);
+
+/* ------------------------------------------------------------------ trainer */
+
+/* Learns the L1 parameters of METHOD.md section 2 while the base model stays as it is.
+ * Gradients and parameters are one float32 vector each; entries name its pieces. */
+typedef struct acre_trainer acre_trainer;
+
+/* One sample: n context tokens, read under selective attention, and t tokens behind them, a
+ * question and its answer, which hold no L1 tokens and see [L1 | recent] and each other. */
+typedef struct acre_sample {
+  size_t struct_size;
+  const int32_t *ids; /* [n], n >= 1 */
+  int64_t n;
+  const int32_t *tail; /* [t] */
+  int64_t t;
+  const float *weights; /* [n + t], >= 0, of each token's loss; NULL: 1. Token 0 has none */
+  int64_t window, stride, carry;
+  const int64_t *intervals; /* l of each window, a last, partial one included */
+  int64_t windows;
+  /* The evidence term: -log of the share of attention mass, at the heads in use, that tail
+   * tokens [first, last) put on L1 entries whose group holds a token with evidence[i] != 0. */
+  const uint8_t *evidence; /* [n], NULL: none */
+  int64_t first, last;
+  double evidence_weight; /* the term counts like the loss of so many tokens */
+  const uint8_t *heads;   /* [L, h], nonzero = counts; NULL: the last layer's */
+} acre_sample;
+
+ACRE_API acre_sample acre_sample_default(void);
+
+typedef struct acre_sample_result {
+  double loss;     /* sum of weight * -log p, in nats */
+  double weight;   /* sum of the weights */
+  double evidence; /* share of mass on the evidence, in [0, 1]; NaN where none was given */
+  int64_t rows;    /* nested tokens that went through the layers */
+} acre_sample_result;
+
+typedef struct acre_adamw {
+  size_t struct_size;
+  int64_t step; /* this one, from 1 */
+  double lr, beta1, beta2, eps, weight_decay;
+} acre_adamw;
+
+ACRE_API acre_adamw acre_adamw_default(void);
+
+/* Starts from the model's L1 parameters, or where it has none from METHOD.md's initial ones.
+ * The model itself never changes. */
+ACRE_API acre_status acre_trainer_open(acre_trainer **out, acre_model *model,
+                                       acre_error *error);
+ACRE_API void acre_trainer_release(acre_trainer *trainer);
+
+/* The vector's pieces, in order: entry i of acre_trainer_entries. rows 0: one-dimensional. */
+typedef struct acre_trainer_entry {
+  char name[96]; /* Hugging Face name */
+  int64_t offset, rows, columns;
+} acre_trainer_entry;
+ACRE_API int64_t acre_trainer_entries(const acre_trainer *trainer);
+ACRE_API acre_status acre_trainer_entry_at(acre_trainer_entry *out,
+                                           const acre_trainer *trainer, int64_t index,
+                                           acre_error *error);
+
+typedef enum acre_trainer_part {
+  ACRE_PARAMETERS = 0,
+  ACRE_GRADIENTS, /* summed since the last update */
+  ACRE_FIRST_MOMENTS,
+  ACRE_SECOND_MOMENTS,
+} acre_trainer_part;
+ACRE_API int64_t acre_trainer_size(const acre_trainer *trainer); /* numbers of each part */
+ACRE_API acre_status acre_trainer_read(float *out, acre_trainer *trainer,
+                                       acre_trainer_part part, acre_error *error);
+/* Values must be finite; parameters also in the model's dtype. */
+ACRE_API acre_status acre_trainer_write(acre_trainer *trainer, acre_trainer_part part,
+                                        const float *values, acre_error *error);
+
+/* Forward and backward of one sample, in steps: begin, then step until *done == *total (a step
+ * is a window, read or gone back through). With `gradients` false only the loss is computed.
+ * begin drops a sample that is under way, whose part of the gradients stays: clear them. The
+ * sample's arrays are copied. */
+ACRE_API acre_status acre_trainer_begin(acre_trainer *trainer, const acre_sample *sample,
+                                        bool gradients, acre_error *error);
+ACRE_API acre_status acre_trainer_step(acre_trainer *trainer, int64_t *done, int64_t *total,
+                                       acre_error *error);
+ACRE_API acre_status acre_trainer_result(acre_sample_result *out, acre_trainer *trainer,
+                                         acre_error *error);
+
+/* One step of AdamW with the gradients divided by `divisor` and then, where their norm exceeds
+ * `clip` > 0, scaled down to it; clears the gradients. *norm: before clipping. A norm that is
+ * not finite changes nothing and is ACRE_BAD_VALUE. */
+ACRE_API acre_status acre_trainer_update(acre_trainer *trainer, const acre_adamw *adamw,
+                                         double divisor, double clip, double *norm,
+                                         acre_error *error);
+ACRE_API acre_status acre_trainer_clear(acre_trainer *trainer, acre_error *error);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,6 @@
 /* THE SEAM between the stages and the devices.
  *
- * A backend gives memory and some twenty stage-level operations; the stages above use
+ * A backend gives memory and some forty stage-level operations; the stages above use
  * nothing else, so that a second device is a second table and not a second method. The CPU
  * table (cpu/backend.c) is the oracle for every other.
  *
@@ -52,6 +52,8 @@ typedef struct acre_heads {
   int64_t head_dim; /* d */
   acre_dtype dtype; /* T */
 } acre_heads;
+
+enum { ACRE_ATTEND_PARTS = 4 }; /* partial sums of attend_back's dq, on any device */
 
 typedef struct acre_backend_ops {
   const char *name;
@@ -149,9 +151,10 @@ typedef struct acre_backend_ops {
    * of `own`, where own->count >= seen + rows. Head c uses KV head c / (h/g). Logits
    * T(q).k / sqrt(d) + bias; softmax over everything seen, whose weights are exp(logit)
    * times a power of two that the row chooses, in float32, then rounded to T; their sum is
-   * of the rounded ones. `own` may be any count beyond what is seen. A row's result does not depend on the other rows; with `split` a
-   * single row may share its keys out to many workers and sum in another order. */
-  void (*attend)(acre_queue *, void *out, int64_t out_stride, const float *q,
+   * of the rounded ones. `own` may be any count beyond what is seen. A row's result does not
+   * depend on the other rows; with `split` a single row may share its keys out to many workers
+   * and sum in another order. lse [rows, h] float32, nullable: log2 of the sum of exp(logit). */
+  void (*attend)(acre_queue *, void *out, int64_t out_stride, float *lse, const float *q,
                  int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
                  int64_t seen, int64_t rows, bool split, const acre_heads *);
 
@@ -161,6 +164,80 @@ typedef struct acre_backend_ops {
   void (*score)(acre_queue *, float *scores, const float *q, int64_t q_stride,
                 const void *keys, const uint8_t *use, int64_t t, int64_t m,
                 const acre_heads *);
+
+  /* ---- training (METHOD.md, section 6): `_back` is the gradient of the operation of that
+   * name, in float32. d<name> stands for the loss's derivative by <name>. Roundings to T count
+   * as the identity. What is added up is added in an order that threads do not change. */
+
+  /* Rows [row, row + rows) of W as float32 [rows, K], and from there (rounded to T; not for
+   * q8). */
+  void (*matrix_get)(acre_queue *, float *x, const acre_matrix *W, int64_t row,
+                     int64_t rows);
+  void (*matrix_set)(acre_queue *, acre_matrix *W, int64_t row, const float *x,
+                     int64_t rows);
+  /* W^T [K, N], for products with the other side of W; of T even where W is kept as q8. */
+  acre_status (*matrix_transpose)(acre_queue *, acre_matrix **out, const acre_matrix *W,
+                                  acre_error *);
+
+  void (*clear)(acre_queue *, void *dst, size_t bytes);
+
+  /* y[i, :] = T(x[i, :]); rows of `width`, y_stride and x_stride elements apart. */
+  void (*round)(acre_queue *, void *y, int64_t y_stride, const float *x, int64_t x_stride,
+                int64_t rows, int64_t width, acre_dtype);
+
+  /* y[index[i], :] += x[i, :] in the order of i, all float32; index on the device, may name a
+   * row more than once; NULL: row i. */
+  void (*add_rows)(acre_queue *, float *y, int64_t y_stride, const float *x,
+                   int64_t x_stride, const int32_t *index, int64_t rows, int64_t width);
+
+  /* dx += the gradient through y = x / sqrt(mean(x^2) + eps) * gain; all float32, dense. */
+  void (*rmsnorm_back)(acre_queue *, float *dx, const float *dy, const float *x,
+                       const float *gain, double eps, int64_t rows, int64_t width);
+
+  /* Through y = silu(gate) * up, all [rows, width], dense: gate, up, dy float32; dgate and
+   * dup of T. */
+  void (*swiglu_back)(acre_queue *, void *dgate, void *dup, const float *gate,
+                      const float *up, const float *dy, int64_t rows, int64_t width,
+                      acre_dtype);
+
+  /* dlogits[i, :] = T(weight[i] * (softmax(logits[i, :]) - onehot(target[i]))), and out[i] as
+   * cross_entropy gives it (not weighted); both 0 where target[i] is -1. weight [rows] and
+   * target on the device. */
+  void (*cross_entropy_back)(acre_queue *, void *dlogits, float *out, const float *logits,
+                             const int32_t *target, const float *weight, int64_t rows,
+                             int64_t vocab, acre_dtype);
+
+  /* dW[n, k] += sum over i of dy[i, n] * x[i, k], in the order of i: dW [N, K] float32 dense,
+   * dy float32 with row stride dy_stride, x [rows, K] of T, dense. */
+  void (*matmul_back)(acre_queue *, float *dW, const float *dy, int64_t dy_stride,
+                      const void *x, int64_t rows, int64_t N, int64_t K, acre_dtype);
+
+  /* Through attend with seen = 0 and own->count = rows: q [rows, h, d] of T as rotated, out
+   * [rows, h, d] of T and lse as attend gave them, dout [rows, h, d] float32 (all dense).
+   * Written: dqkv [rows, (h + 2g) d] float32, the gradients of row i's rotated query, of its
+   * own rotated key and of its own value; dk, dv [prefix->count, g, d] float32. scratch:
+   * float32 [ACRE_ATTEND_PARTS - 1, rows, h, d]. */
+  void (*attend_back)(acre_queue *, float *dqkv, float *dk, float *dv, float *scratch,
+                      const float *dout, const void *out, const float *lse, const void *q,
+                      const acre_keys *prefix, const acre_keys *own, int64_t rows,
+                      const acre_heads *);
+
+  /* Through s = sum of scores[j] over the j with wanted[j] != 0, scores as score gives them:
+   * adds factor * ds/dq to dq [t, h, d] (row stride dq_stride) and factor * ds/dk to dk
+   * [m, g, d], both float32. q [t, h, d] of T, dense; wanted [m] on the host. */
+  void (*score_back)(acre_queue *, float *dq, int64_t dq_stride, float *dk, float factor,
+                     const void *q, const void *keys, const uint8_t *wanted,
+                     const uint8_t *use, int64_t t, int64_t m, const acre_heads *);
+
+  /* The sum of x[i]^2, in float64, on the host; waits. */
+  void (*sum_squares)(acre_queue *, double *out, const float *x, int64_t n);
+
+  /* One step of AdamW on w [n], with its moments and g = scale * gradient:
+   *   first = beta1 first + (1 - beta1) g, second = beta2 second + (1 - beta2) g^2,
+   *   w = w - lr (first / (1 - beta1^step) / (sqrt(second / (1 - beta2^step)) + eps)
+   *               + weight_decay w) */
+  void (*adamw)(acre_queue *, float *w, float *first, float *second, const float *gradient,
+                int64_t n, float scale, const acre_adamw *);
 } acre_backend_ops;
 
 struct acre_backend {

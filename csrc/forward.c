@@ -169,9 +169,9 @@ static void attend(flow *f, int64_t layer, const acre_layer *weights) {
   acre_keys own = acre_timeline_keys(pass->own, layer, f->seen + pass->rows);
   acre_keys prefix = {0};
   if (pass->prefix) prefix = acre_timeline_keys(pass->prefix, layer, pass->prefix->count);
-  f->ops->attend(ws->queue, ws->attended, width, ws->qkv, acre_model_qkv_width(f->model),
-                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows, pass->split,
-                 &f->model->heads);
+  f->ops->attend(ws->queue, ws->attended, width, NULL, ws->qkv,
+                 acre_model_qkv_width(f->model), prefix.count ? &prefix : NULL, &own,
+                 f->seen, pass->rows, pass->split, &f->model->heads);
   f->ops->matmul(ws->queue, ws->x, f->model->config.hidden, ws->attended, weights->out,
                  NULL, pass->rows, true);
 }

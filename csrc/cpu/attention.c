@@ -30,6 +30,7 @@ typedef struct attend_job {
   const acre_typed *T;
   void *out;
   int64_t out_stride;
+  float *lse; /* nullable */
   const float *q;
   int64_t q_stride;
   acre_keys segment[2]; /* prefix (count 0 where there is none), own */
@@ -144,10 +145,11 @@ static void begin_items(const attend_job *job, const block *b) {
 }
 
 /* Divides an item's o by its sum and hands it over. */
-static void end_item(const attend_job *job, const block *b, int64_t i, float *o,
-                     float sum) {
-  int64_t d = job->heads->head_dim;
-  int64_t to = item_row(job, b, i) * job->out_stride + item_head(job, b, i) * d;
+static void end_item(const attend_job *job, const block *b, int64_t i, float *o, float sum,
+                     float origin) {
+  int64_t d = job->heads->head_dim, row = item_row(job, b, i), head = item_head(job, b, i);
+  int64_t to = row * job->out_stride + head * d;
+  if (job->lse) job->lse[row * job->heads->heads + head] = origin + log2f(sum);
   job->queue->kernels->scale(o, sum == 0.0f ? 0.0f : 1.0f / sum, d);
   job->T->store((char *)job->out + (size_t)to * acre_dtype_size(job->heads->dtype), o, d);
 }
@@ -211,7 +213,7 @@ static void attend_run(const attend_job *job, int64_t task, int32_t worker) {
     attend_tile(job, &b, &tile);
   }
   for (int64_t i = 0; job->runs == 1 && i < all; i++)
-    end_item(job, &b, i, b.o + i * padded, b.sum[i]);
+    end_item(job, &b, i, b.o + i * padded, b.sum[i], b.origin[i]);
 }
 
 /* Some runs that follow one another: the prefetch at the end of each is of use to the
@@ -244,7 +246,7 @@ static void join_task(void *context, int64_t index, int32_t worker) {
     sum = fmaf(run[all + i], factor, sum);
     job->queue->kernels->add_scaled(b.o, run + 2 * all + i * padded, factor, padded);
   }
-  end_item(job, &b, i, b.o, sum);
+  end_item(job, &b, i, b.o, sum, origin);
 }
 
 /* ---------------------------------------------------------------- operation */
@@ -289,14 +291,16 @@ static void run_tasks(attend_job *job, int64_t tasks) {
   }
 }
 
-void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const float *q,
-                     int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                     int64_t seen, int64_t rows, bool split, const acre_heads *heads) {
+void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, float *lse,
+                     const float *q, int64_t q_stride, const acre_keys *prefix,
+                     const acre_keys *own, int64_t seen, int64_t rows, bool split,
+                     const acre_heads *heads) {
   if (rows <= 0) return;
   attend_job job = {.queue = queue,
                     .T = &queue->kernels->of[heads->dtype],
                     .out = out,
                     .out_stride = out_stride,
+                    .lse = lse,
                     .q = q,
                     .q_stride = q_stride,
                     .seen = seen,

@@ -52,9 +52,10 @@ void acre_cpu_swiglu(acre_queue *queue, void *y, const void *x, const acre_matri
                      const acre_matrix *up, int64_t rows);
 
 /* attention.c */
-void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, const float *q,
-                     int64_t q_stride, const acre_keys *prefix, const acre_keys *own,
-                     int64_t seen, int64_t rows, bool split, const acre_heads *heads);
+void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, float *lse,
+                     const float *q, int64_t q_stride, const acre_keys *prefix,
+                     const acre_keys *own, int64_t seen, int64_t rows, bool split,
+                     const acre_heads *heads);
 /* score.c */
 void acre_cpu_score(acre_queue *queue, float *scores, const float *q, int64_t q_stride,
                     const void *keys, const uint8_t *use, int64_t t, int64_t m,

@@ -275,8 +275,8 @@ static inline void case_run(void *context) {
       ops->swiglu(work->queue, work->out, work->typed_x, work->W, work->up, c->rows);
       break;
     case OP_ATTEND:
-      ops->attend(work->queue, work->out, stride, work->x, stride, c->N ? &prefix : NULL,
-                  &own, 0, c->rows, true, &heads);
+      ops->attend(work->queue, work->out, stride, NULL, work->x, stride,
+                  c->N ? &prefix : NULL, &own, 0, c->rows, true, &heads);
       break;
     case OP_SCORE:
       memset(work->out, 0, (size_t)c->N * sizeof(float));

@@ -107,7 +107,7 @@ static void run_attend(int i, const attend_case *c, const attend_data *a, void *
   acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
   acre_keys prefix = {a->keys[0], a->values[0], c->bias ? a->bias[0] : NULL, c->prefix};
   acre_keys own = {a->keys[1], a->values[1], c->bias ? a->bias[1] : NULL, a->count[1]};
-  backends[i]->ops->attend(queues[i], out, stride + 2, a->q + first * stride, stride,
+  backends[i]->ops->attend(queues[i], out, stride + 2, NULL, a->q + first * stride, stride,
                            c->prefix ? &prefix : NULL, &own, c->seen + first, rows, split,
                            &heads);
 }
