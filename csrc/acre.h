@@ -372,9 +372,9 @@ ACRE_API int64_t acre_session_count(const acre_session *session);
  * Gradients and parameters are one float32 vector each; entries name its pieces. */
 typedef struct acre_trainer acre_trainer;
 
-/* One sample: n context tokens, read under selective attention, and t tokens behind them, a
+/* One example: n context tokens, read under selective attention, and t tokens behind them, a
  * question and its answer, which hold no L1 tokens and see [L1 | recent] and each other. */
-typedef struct acre_sample {
+typedef struct acre_example {
   size_t struct_size;
   const int32_t *ids; /* [n], n >= 1 */
   int64_t n;
@@ -390,16 +390,16 @@ typedef struct acre_sample {
   int64_t first, last;
   double evidence_weight; /* the term counts like the loss of so many tokens */
   const uint8_t *heads;   /* [L, h], nonzero = counts; NULL: the last layer's */
-} acre_sample;
+} acre_example;
 
-ACRE_API acre_sample acre_sample_default(void);
+ACRE_API acre_example acre_example_default(void);
 
-typedef struct acre_sample_result {
+typedef struct acre_example_result {
   double loss;     /* sum of weight * -log p, in nats */
   double weight;   /* sum of the weights */
   double evidence; /* share of mass on the evidence, in [0, 1]; NaN where none was given */
   int64_t rows;    /* nested tokens that went through the layers */
-} acre_sample_result;
+} acre_example_result;
 
 typedef struct acre_adamw {
   size_t struct_size;
@@ -438,15 +438,15 @@ ACRE_API acre_status acre_trainer_read(float *out, acre_trainer *trainer,
 ACRE_API acre_status acre_trainer_write(acre_trainer *trainer, acre_trainer_part part,
                                         const float *values, acre_error *error);
 
-/* Forward and backward of one sample, in steps: begin, then step until *done == *total (a step
+/* Forward and backward of one example, in steps: begin, then step until *done == *total (a step
  * is a window, read or gone back through). With `gradients` false only the loss is computed.
- * begin drops a sample that is under way, whose part of the gradients stays: clear them. The
- * sample's arrays are copied. */
-ACRE_API acre_status acre_trainer_begin(acre_trainer *trainer, const acre_sample *sample,
+ * begin drops an example that is under way, whose part of the gradients stays: clear them. Its
+ * arrays are copied. */
+ACRE_API acre_status acre_trainer_begin(acre_trainer *trainer, const acre_example *sample,
                                         bool gradients, acre_error *error);
 ACRE_API acre_status acre_trainer_step(acre_trainer *trainer, int64_t *done, int64_t *total,
                                        acre_error *error);
-ACRE_API acre_status acre_trainer_result(acre_sample_result *out, acre_trainer *trainer,
+ACRE_API acre_status acre_trainer_result(acre_example_result *out, acre_trainer *trainer,
                                          acre_error *error);
 
 /* One step of AdamW with the gradients divided by `divisor` and then, where their norm exceeds
