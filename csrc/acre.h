@@ -442,7 +442,7 @@ ACRE_API acre_status acre_trainer_write(acre_trainer *trainer, acre_trainer_part
  * is a window, read or gone back through). With `gradients` false only the loss is computed.
  * begin drops an example that is under way, whose part of the gradients stays: clear them. Its
  * arrays are copied. */
-ACRE_API acre_status acre_trainer_begin(acre_trainer *trainer, const acre_example *sample,
+ACRE_API acre_status acre_trainer_begin(acre_trainer *trainer, const acre_example *example,
                                         bool gradients, acre_error *error);
 ACRE_API acre_status acre_trainer_step(acre_trainer *trainer, int64_t *done, int64_t *total,
                                        acre_error *error);
