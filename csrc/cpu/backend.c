@@ -456,6 +456,7 @@ static const acre_backend_ops cpu_ops = {
     .pool = pool_rows,
     .attend = acre_cpu_attend,
     .score = acre_cpu_score,
+    .attend_back = acre_cpu_attend_back,
 };
 
 /* The features that a name allows, or a refusal. */

@@ -20,7 +20,7 @@ typedef struct cpu_backend {
   _Atomic int64_t references;
 } cpu_backend;
 
-#define ACRE_WORKER_FLOATS (204 * 1024)  /* scratch of one worker */
+#define ACRE_WORKER_FLOATS (208 * 1024)  /* scratch of one worker */
 #define ACRE_SHARED_FLOATS (1100 * 1024) /* scratch that all workers see */
 
 struct acre_queue {
@@ -56,6 +56,11 @@ void acre_cpu_attend(acre_queue *queue, void *out, int64_t out_stride, float *ls
                      const float *q, int64_t q_stride, const acre_keys *prefix,
                      const acre_keys *own, int64_t seen, int64_t rows, bool split,
                      const acre_heads *heads);
+/* attend_back.c */
+void acre_cpu_attend_back(acre_queue *queue, float *dqkv, float *dk, float *dv,
+                          float *scratch, const float *dout, const void *out,
+                          const float *lse, const void *q, const acre_keys *prefix,
+                          const acre_keys *own, int64_t rows, const acre_heads *heads);
 /* score.c */
 void acre_cpu_score(acre_queue *queue, float *scores, const float *q, int64_t q_stride,
                     const void *keys, const uint8_t *use, int64_t t, int64_t m,

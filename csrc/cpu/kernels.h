@@ -102,6 +102,15 @@ typedef struct acre_kernels {
   void (*add_exp2)(float *total, const float *s, int64_t n, float scale, float origin,
                    float weight);
 
+  /* The sum of x[i] * y[i], in a tree. */
+  float (*dot)(const float *x, const float *y, int64_t n);
+  /* Through the softmax of `rows` rows of n <= 64 logits, in powers of two, whose sum is
+   * known: p_j = exp2(min(x_j - lse, 1)) with x_j as in softmax, and ds_j = (p_j * factor) *
+   * (dp_j - delta); both 0 for j in [n, 64). x_j exceeds lse by rounding alone. s [rows][64]
+   * becomes p, dp [rows][64] ds; lse and delta [rows]. */
+  void (*softmax_back)(float *s, float *dp, const float *bias, int64_t rows, int64_t n,
+                       float scale, float factor, const float *lse, const float *delta);
+
   /* y = gate / (1 + exp(-gate)) * up. y may be gate. */
   void (*swiglu)(float *y, const float *gate, const float *up, int64_t n);
   /* y[i] = fma(-b, sin, a cos), y[i + half] = fma(b, cos, a sin) with a = x[i],

@@ -291,13 +291,29 @@ static void add_exp2(float *total, const float *s, int64_t n, float scale, float
     total[j] = fmaf(acre_exp2(s[j] * scale, origin), weight, total[j]);
 }
 
+static float dot(const float *x, const float *y, int64_t n) {
+  float lanes[ACRE_PANEL] = {0};
+  for (int64_t i = 0; i < n; i++)
+    lanes[i % ACRE_PANEL] = fmaf(x[i], y[i], lanes[i % ACRE_PANEL]);
+  return tree(lanes);
+}
+
+static void softmax_back(float *s, float *dp, const float *bias, int64_t rows, int64_t n,
+                         float scale, float factor, const float *lse, const float *delta) {
+  for (int64_t r = 0; r < rows; r++, s += ACRE_KEY_TILE, dp += ACRE_KEY_TILE) {
+    for (int64_t j = 0; j < n; j++) {
+      float x = fmaf(s[j], scale, bias ? bias[j] * ACRE_LOG2E : 0.0f) - lse[r];
+      s[j] = acre_exp2(x > 1.0f ? 1.0f : x, 0.0f);
+      dp[j] = s[j] * factor * (dp[j] - delta[r]);
+    }
+    for (int64_t j = n; j < ACRE_KEY_TILE; j++) s[j] = dp[j] = 0.0f;
+  }
+}
+
 /* -------------------------------------------------------------- rows of activations */
 
 static float norm_factor(const float *x, double eps, int64_t n) {
-  float lanes[ACRE_PANEL] = {0};
-  for (int64_t i = 0; i < n; i++)
-    lanes[i % ACRE_PANEL] = fmaf(x[i], x[i], lanes[i % ACRE_PANEL]);
-  return (float)(1.0 / sqrt((double)tree(lanes) / (double)n + eps));
+  return (float)(1.0 / sqrt((double)dot(x, x, n) / (double)n + eps));
 }
 
 static void rmsnorm_f32(void *y, const float *x, const float *gain, double eps, int64_t n) {
@@ -366,6 +382,8 @@ void acre_kernels_scalar(acre_kernels *table) {
       .scale = scale_by,
       .add_scaled = add_scaled,
       .add_exp2 = add_exp2,
+      .dot = dot,
+      .softmax_back = softmax_back,
       .swiglu = swiglu,
       .rope = rope,
   };
