@@ -38,13 +38,15 @@ static inline float *acre_cpu_scratch(const acre_queue *queue, int32_t worker) {
 acre_status acre_cpu_alloc(acre_backend *backend, acre_buffer **out, size_t bytes,
                            acre_error *error);
 
-/* matmul.c */
+/* weights.c */
 acre_status acre_cpu_matrix_create(acre_backend *backend, acre_matrix **out, int64_t N,
                                    int64_t K, acre_dtype dtype, acre_weights weights,
                                    acre_error *error);
 void acre_cpu_matrix_release(acre_matrix *matrix);
 void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *host,
                           bool *finite);
+
+/* matmul.c */
 void acre_cpu_matmul(acre_queue *queue, float *y, int64_t y_stride, const void *x,
                      const acre_matrix *W, const float *bias, int64_t rows,
                      bool accumulate);
