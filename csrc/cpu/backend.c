@@ -6,8 +6,6 @@
 #include "matmul.h"
 #include "rows.h"
 
-#include <math.h>
-
 #define ROWS_MAX 512         /* rows of a forward pass: weights are widened once for them */
 #define COPY_GRAIN (1 << 20) /* bytes of a copy that are worth a task */
 
@@ -176,35 +174,6 @@ static void rmsnorm(acre_queue *queue, void *y, const float *x, const float *gai
                   .width = width,
                   .dtype = dtype};
   acre_cpu_run_rows(queue, &job, width);
-}
-
-/* Four sums side by side, or each addition would wait for the one before. */
-static float row_loss(const float *logits, int64_t vocab, int64_t target) {
-  float highest = logits[0];
-  for (int64_t c = 1; c < vocab; c++) highest = fmaxf(highest, logits[c]);
-  double sum[4] = {0};
-  for (int64_t c = 0; c < vocab; c++) sum[c % 4] += (double)expf(logits[c] - highest);
-  double total = log((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return (float)(total + (double)highest - (double)logits[target]);
-}
-
-static void cross_entropy_some(const rows_job *job, int64_t first, int64_t count) {
-  for (int64_t i = first; i < first + count; i++) {
-    int64_t target = job->index[i];
-    const float *logits = (const float *)job->x + i * job->vocab;
-    ((float *)job->y)[i] = target < 0 ? 0.0f : row_loss(logits, job->vocab, target);
-  }
-}
-
-static void cross_entropy(acre_queue *queue, float *out, const float *logits,
-                          const int32_t *target, int64_t rows, int64_t vocab) {
-  rows_job job = {.task = cross_entropy_some,
-                  .rows = rows,
-                  .y = out,
-                  .x = logits,
-                  .index = target,
-                  .vocab = vocab};
-  acre_cpu_run_rows(queue, &job, vocab);
 }
 
 static void gather_some(const rows_job *job, int64_t first, int64_t count) {
@@ -402,7 +371,7 @@ static const acre_backend_ops cpu_ops = {
     .embed = embed,
     .rmsnorm = rmsnorm,
     .matmul = acre_cpu_matmul,
-    .cross_entropy = cross_entropy,
+    .cross_entropy = acre_cpu_cross_entropy,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,
     .swiglu = acre_cpu_swiglu,
@@ -413,6 +382,19 @@ static const acre_backend_ops cpu_ops = {
     .pool = pool_rows,
     .attend = acre_cpu_attend,
     .score = acre_cpu_score,
+    .matrix_get = acre_cpu_matrix_get,
+    .matrix_set = acre_cpu_matrix_set,
+    .matrix_transpose = acre_cpu_matrix_transpose,
+    .clear = acre_cpu_clear,
+    .round = acre_cpu_round,
+    .add_rows = acre_cpu_add_rows,
+    .rmsnorm_back = acre_cpu_rmsnorm_back,
+    .swiglu_back = acre_cpu_swiglu_back,
+    .cross_entropy_back = acre_cpu_cross_entropy_back,
+    .matmul_back = acre_cpu_matmul_back,
+    .score_back = acre_cpu_score_back,
+    .sum_squares = acre_cpu_sum_squares,
+    .adamw = acre_cpu_adamw,
 };
 
 /* The features that a name allows, or a refusal. */

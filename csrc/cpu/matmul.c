@@ -1,4 +1,5 @@
-/* y (+)= x W^T, and silu(x G^T) * (x U^T), multiplied in blocks that fit the caches.
+/* y (+)= x W^T, silu(x G^T) * (x U^T), and dW += dy^T x, multiplied in blocks that fit the
+ * caches.
  *
  * A task owns a block of rows and a range of columns of y and goes over K in blocks. It
  * copies its rows of x, takes one group of panels at a time, as operands of the table,
@@ -183,4 +184,133 @@ void acre_cpu_swiglu(acre_queue *queue, void *y, const void *x, const acre_matri
   matmul_job job = {
       .queue = queue, .x = x, .W = gate, .up = up, .product = y, .rows = rows};
   multiply(&job);
+}
+
+/* ---------------------------------------------------------------- gradient of weights */
+
+#define BACK_DEPTH 128  /* rows of dy and x at a time: two panels stay in L1 */
+#define BACK_STRIDE 144 /* of dy^T: no power of two */
+#define BACK_PANELS 24  /* of x */
+#define BACK_A (BLOCK_ROWS * BACK_STRIDE) /* floats */
+#define BACK_B (BACK_PANELS * BACK_DEPTH * ACRE_PANEL)
+
+_Static_assert(BACK_A + BACK_B + ACRE_ROWS_LIMIT * ACRE_PANEL <= ACRE_WORKER_FLOATS,
+               "scratch is too small");
+
+typedef struct back_job {
+  acre_queue *queue;
+  const acre_typed *f32, *T;
+  float *dW;
+  const float *dy;
+  int64_t dy_stride;
+  const void *x;
+  size_t size; /* of a number of T */
+  int64_t rows, N, K;
+  int64_t block_n, block_panels, n_blocks;
+} back_job;
+
+/* One task's part of dW, and its operands for some rows of dy and x. */
+typedef struct back_block {
+  int64_t n, count_n, panel, panels; /* panels: of columns of dW, the last maybe ragged */
+  int64_t row, depth;
+  float *a, *b, *ragged; /* dy^T, x in panels, a tile of dW's last columns */
+} back_block;
+
+static void turn_dy(const back_job *job, const back_block *b) {
+  const float *dy = job->dy + b->row * job->dy_stride + b->n;
+  for (int64_t first = 0; first < b->depth; first += ACRE_PANEL) {
+    int64_t count = acre_min(ACRE_PANEL, b->depth - first); /* lines that stay in L1 */
+    for (int64_t n = 0; n < b->count_n; n++)
+      for (int64_t i = first; i < first + count; i++)
+        b->a[n * BACK_STRIDE + i] = dy[i * job->dy_stride + n];
+  }
+}
+
+static void cut_x(const back_job *job, const back_block *b) {
+  float row[BACK_PANELS * ACRE_PANEL];
+  int64_t column = b->panel * ACRE_PANEL;
+  int64_t count = acre_min(b->panels * ACRE_PANEL, job->K - column);
+  memset(row + count, 0, (size_t)(b->panels * ACRE_PANEL - count) * sizeof(float));
+  for (int64_t i = 0; i < b->depth; i++) {
+    int64_t from = (b->row + i) * job->K + column;
+    job->T->widen(row, (const char *)job->x + (size_t)from * job->size, count);
+    for (int64_t p = 0; p < b->panels; p++)
+      memcpy(b->b + (p * BACK_DEPTH + i) * ACRE_PANEL, row + p * ACRE_PANEL,
+             ACRE_PANEL * sizeof(float));
+  }
+}
+
+/* Panel p where dW has fewer than 16 columns left: by way of a tile of scratch. */
+static void add_ragged(const back_job *job, const back_block *b, int64_t p, int64_t n,
+                       int64_t count) {
+  int64_t column = (b->panel + p) * ACRE_PANEL;
+  size_t bytes = (size_t)(job->K - column) * sizeof(float);
+  float *dW = job->dW + (b->n + n) * job->K + column;
+  for (int64_t i = 0; i < count; i++)
+    memcpy(b->ragged + i * ACRE_PANEL, dW + i * job->K, bytes);
+  job->f32->tile(b->ragged, ACRE_PANEL, b->a + n * BACK_STRIDE, BACK_STRIDE,
+                 b->b + p * BACK_DEPTH * ACRE_PANEL, BACK_DEPTH * ACRE_PANEL, count, 1,
+                 b->depth, true);
+  for (int64_t i = 0; i < count; i++)
+    memcpy(dW + i * job->K, b->ragged + i * ACRE_PANEL, bytes);
+}
+
+static void add_products(const back_job *job, const back_block *b) {
+  const acre_typed *f32 = job->f32;
+  int64_t whole = acre_min(b->panels, job->K / ACRE_PANEL - b->panel);
+  for (int64_t p = 0; p < b->panels; p += f32->tile_panels) {
+    int64_t panels = acre_min(f32->tile_panels, b->panels - p);
+    int64_t direct = acre_min(panels, whole - p);
+    for (int64_t n = 0; n < b->count_n; n += f32->tile_rows) {
+      int64_t count = acre_min(f32->tile_rows, b->count_n - n);
+      if (direct > 0)
+        f32->tile(job->dW + (b->n + n) * job->K + (b->panel + p) * ACRE_PANEL, job->K,
+                  b->a + n * BACK_STRIDE, BACK_STRIDE, b->b + p * BACK_DEPTH * ACRE_PANEL,
+                  BACK_DEPTH * ACRE_PANEL, count, direct, b->depth, true);
+      if (direct < panels) add_ragged(job, b, p + panels - 1, n, count);
+    }
+  }
+}
+
+static void back_task(void *context, int64_t index, int32_t worker) {
+  const back_job *job = context;
+  float *scratch = acre_cpu_scratch(job->queue, worker);
+  back_block b = {.n = index % job->n_blocks * job->block_n,
+                  .panel = index / job->n_blocks * job->block_panels,
+                  .a = scratch,
+                  .b = scratch + BACK_A,
+                  .ragged = scratch + BACK_A + BACK_B};
+  b.count_n = acre_min(job->block_n, job->N - b.n);
+  b.panels = acre_min(job->block_panels, acre_ceil_div(job->K, ACRE_PANEL) - b.panel);
+  for (b.row = 0; b.row < job->rows; b.row += BACK_DEPTH) {
+    b.depth = acre_min(BACK_DEPTH, job->rows - b.row);
+    turn_dy(job, &b);
+    cut_x(job, &b);
+    add_products(job, &b);
+  }
+}
+
+/* A sum is stored and taken up again as it is, so blocks do not show in the bits. */
+void acre_cpu_matmul_back(acre_queue *queue, float *dW, const float *dy, int64_t dy_stride,
+                          const void *x, int64_t rows, int64_t N, int64_t K,
+                          acre_dtype dtype) {
+  if (rows <= 0) return;
+  back_job job = {.queue = queue,
+                  .f32 = &queue->kernels->of[ACRE_F32],
+                  .T = &queue->kernels->of[dtype],
+                  .dW = dW,
+                  .dy = dy,
+                  .dy_stride = dy_stride,
+                  .x = x,
+                  .size = acre_dtype_size(dtype),
+                  .rows = rows,
+                  .N = N,
+                  .K = K};
+  int64_t panels = acre_ceil_div(K, ACRE_PANEL), threads = acre_pool_threads(queue->pool);
+  int64_t blocks = acre_ceil_div(panels, BACK_PANELS);
+  int64_t even = acre_round_up(acre_ceil_div(N, 4 * threads), job.f32->tile_rows);
+  job.block_panels = acre_ceil_div(panels, blocks);
+  job.block_n = acre_min(even, BLOCK_ROWS);
+  job.n_blocks = acre_ceil_div(N, job.block_n);
+  acre_pool_run(queue->pool, back_task, &job, job.n_blocks * blocks);
 }

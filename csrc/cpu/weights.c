@@ -1,4 +1,4 @@
-/* Weight matrices in the panels of kernels.h: made, filled and released.
+/* Weight matrices in the panels of kernels.h: made, filled, read back, turned, released.
  *
  * Work is shared out by panels, so a panel is always written by one thread. */
 #include "matmul.h"
@@ -167,4 +167,114 @@ void acre_cpu_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *ho
     acre_pool_run(matrix->backend->pool, fill_task, &job,
                   acre_ceil_div(end, ACRE_PANEL) - row / ACRE_PANEL);
   if (atomic_load(&job.infinite)) *finite = false;
+}
+
+/* ---------------------------------------------------------------- and back */
+
+/* Column j of one block of q8, as bf16 numbers. */
+static void read_q8(const char *block, int64_t j, float *x, int64_t count) {
+  uint16_t scale;
+  memcpy(&scale, block + j * (int64_t)sizeof scale, sizeof scale);
+  const int8_t *q = (const int8_t *)block + 2 * ACRE_PANEL;
+  for (int64_t i = 0; i < count; i++) {
+    float number =
+        acre_from_bf16(scale) * (float)q[i / 2 * (2 * ACRE_PANEL) + 2 * j + i % 2];
+    x[i] = acre_from_bf16(acre_to_bf16(number));
+  }
+}
+
+/* The reverse of store_column; of q8 the bf16 numbers that it stands for. */
+static void read_column(const acre_matrix *matrix, const char *panel, int64_t j,
+                        int64_t first, float *x, int64_t count) {
+  const char *block = panel + acre_packed_offset(matrix, first);
+  if (matrix->weights == ACRE_WEIGHTS_Q8) {
+    for (int64_t i = 0; i < count; i += ACRE_Q8_K, block += ACRE_Q8_BYTES)
+      read_q8(block, j, x + i, acre_min(ACRE_Q8_K, count - i));
+  } else if (matrix->dtype == ACRE_F32) {
+    const float *from = (const float *)(const void *)block + j;
+    for (int64_t i = 0; i < count; i++) x[i] = from[i * ACRE_PANEL];
+  } else {
+    const uint16_t *from = (const uint16_t *)(const void *)block + 2 * j;
+    for (int64_t i = 0; i < count; i++)
+      x[i] = acre_from_bf16(from[i / 2 * (2 * ACRE_PANEL) + i % 2]);
+  }
+}
+
+typedef struct get_job {
+  const acre_matrix *matrix;
+  float *x;
+  int64_t row, rows;
+} get_job;
+
+/* One panel: the rows of x that lie in it. */
+static void get_task(void *context, int64_t index, int32_t worker) {
+  (void)worker;
+  const get_job *job = context;
+  int64_t K = job->matrix->K, panel = job->row / ACRE_PANEL + index;
+  int64_t begin = acre_max(job->row, panel * ACRE_PANEL);
+  int64_t end = acre_min(job->row + job->rows, (panel + 1) * ACRE_PANEL);
+  const char *data = acre_buffer_data(job->matrix->buffer);
+  data += panel * acre_panel_bytes(job->matrix);
+  for (int64_t n = begin; n < end; n++)
+    read_column(job->matrix, data, n % ACRE_PANEL, 0, job->x + (n - job->row) * K, K);
+}
+
+void acre_cpu_matrix_get(acre_queue *queue, float *x, const acre_matrix *W, int64_t row,
+                         int64_t rows) {
+  if (rows <= 0) return;
+  get_job job = {W, x, row, rows};
+  acre_pool_run(queue->pool, get_task, &job,
+                acre_ceil_div(row + rows, ACRE_PANEL) - row / ACRE_PANEL);
+}
+
+void acre_cpu_matrix_set(acre_queue *queue, acre_matrix *W, int64_t row, const float *x,
+                         int64_t rows) {
+  (void)queue;
+  bool finite;
+  acre_array host = {x, ACRE_F32, 2, {rows, W->K}, {W->K, 1}};
+  acre_cpu_matrix_fill(W, row, &host, &finite);
+}
+
+/* ---------------------------------------------------------------- transposed */
+
+#define TURN_K 32 /* numbers of K that a task turns into rows: a multiple of every pack_k */
+_Static_assert(TURN_K % ACRE_PANEL == 0 && TURN_K % ACRE_Q8_K == 0, "whole panels, blocks");
+
+typedef struct turn_job {
+  const acre_matrix *from, *to;
+} turn_job;
+
+/* Columns [first, first + TURN_K) of one panel become 16 numbers of as many rows. */
+static void turn_block(const turn_job *job, int64_t panel, int64_t first) {
+  const acre_matrix *from = job->from, *to = job->to;
+  int64_t rows = acre_min(ACRE_PANEL, from->N - panel * ACRE_PANEL);
+  int64_t columns = acre_min(TURN_K, from->K - first);
+  const char *source = acre_buffer_data(from->buffer);
+  char *target = acre_buffer_data(to->buffer);
+  float x[ACRE_PANEL][TURN_K];
+  source += panel * acre_panel_bytes(from);
+  target += first / ACRE_PANEL * acre_panel_bytes(to);
+  for (int64_t j = 0; j < rows; j++) read_column(from, source, j, first, x[j], columns);
+  for (int64_t c = 0; c < columns; c++) {
+    float column[ACRE_PANEL];
+    for (int64_t j = 0; j < rows; j++) column[j] = x[j][c];
+    store_column(to, target + c / ACRE_PANEL * acre_panel_bytes(to), c % ACRE_PANEL,
+                 panel * ACRE_PANEL, column, rows);
+  }
+}
+
+static void turn_task(void *context, int64_t index, int32_t worker) {
+  (void)worker;
+  const turn_job *job = context;
+  for (int64_t panel = 0; panel < acre_ceil_div(job->from->N, ACRE_PANEL); panel++)
+    turn_block(job, panel, index * TURN_K);
+}
+
+acre_status acre_cpu_matrix_transpose(acre_queue *queue, acre_matrix **out,
+                                      const acre_matrix *W, acre_error *error) {
+  ACRE_TRY(acre_cpu_matrix_create(&W->backend->base, out, W->K, W->N, W->dtype,
+                                  ACRE_WEIGHTS_SAME, error));
+  turn_job job = {W, *out};
+  acre_pool_run(queue->pool, turn_task, &job, acre_ceil_div(W->K, TURN_K));
+  return ACRE_OK;
 }
