@@ -227,10 +227,9 @@ static void turn_dy(const back_job *job, const back_block *b) {
 }
 
 static void cut_x(const back_job *job, const back_block *b) {
-  float row[BACK_PANELS * ACRE_PANEL];
+  float row[BACK_PANELS * ACRE_PANEL] = {0};
   int64_t column = b->panel * ACRE_PANEL;
   int64_t count = acre_min(b->panels * ACRE_PANEL, job->K - column);
-  memset(row + count, 0, (size_t)(b->panels * ACRE_PANEL - count) * sizeof(float));
   for (int64_t i = 0; i < b->depth; i++) {
     int64_t from = (b->row + i) * job->K + column;
     job->T->widen(row, (const char *)job->x + (size_t)from * job->size, count);

@@ -285,8 +285,7 @@ static int64_t written(int which, int64_t n) {
 }
 
 /* Reference of output element i in float64, with the size that its error is relative to
- * and the number of roundings; false for kernels that only move values, and for those of
- * training, which test_learn.c compares. */
+ * and the number of roundings; false for kernels that only move values. */
 static bool reference(int which, int64_t n, int64_t i, float *const x[4], double *result,
                       double *error) {
   double a = x[0][i], b = x[1][i], sum = 0.0;
@@ -323,8 +322,10 @@ static bool reference(int which, int64_t n, int64_t i, float *const x[4], double
   return false;
 }
 
+/* The kernels of training, from 11 on, are compared in test_learn.c. */
 static bool within_bound(int which, int64_t n, const float *y, float *const x[4]) {
   double result, error;
+  if (which > 10) return true;
   for (int64_t i = 0; i < written(which, n); i++)
     if (reference(which, n, i, x, &result, &error) && !(fabs(y[i] - result) <= error))
       return false;
