@@ -341,6 +341,58 @@ static void rope(float *y, const float *x, const float *cos, const float *sin,
   }
 }
 
+/* ---------------------------------------------------------------- learning */
+
+static float highest(const float *x, int64_t n) {
+  float most = -INFINITY;
+  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+static double sum_exp(const float *x, int64_t n, float origin) {
+  double sum = 0.0;
+  for (int64_t first = 0; first < n; first += ACRE_SUM_BLOCK) {
+    float lanes[ACRE_PANEL] = {0};
+    for (int64_t i = first; i < acre_min(n, first + ACRE_SUM_BLOCK); i++)
+      lanes[i % ACRE_PANEL] += acre_exp(x[i] - origin);
+    sum += (double)tree(lanes);
+  }
+  return sum;
+}
+
+static void exp_scaled(float *y, const float *x, int64_t n, float origin, float factor) {
+  for (int64_t i = 0; i < n; i++) y[i] = acre_exp(x[i] - origin) * factor;
+}
+
+static void rmsnorm_back(float *dx, const float *dy, const float *x, const float *gain,
+                         double eps, int64_t n) {
+  float factor = norm_factor(x, eps, n), lanes[ACRE_PANEL] = {0};
+  for (int64_t i = 0; i < n; i++)
+    lanes[i % ACRE_PANEL] = fmaf(dy[i] * gain[i], x[i], lanes[i % ACRE_PANEL]);
+  float inner = acre_norm_inner(factor, tree(lanes), n);
+  for (int64_t i = 0; i < n; i++) dx[i] += fmaf(x[i], inner, dy[i] * gain[i] * factor);
+}
+
+static void swiglu_back(float *dgate, float *dup, const float *gate, const float *up,
+                        const float *dy, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    float e = acre_exp(-gate[i]), s = 1.0f / (1.0f + e);
+    dup[i] = dy[i] * (gate[i] * s);
+    dgate[i] = dy[i] * up[i] * (s * fmaf(gate[i], e * s, 1.0f));
+  }
+}
+
+static void adamw(float *w, float *first, float *second, const float *gradient, int64_t n,
+                  const acre_adamw_factors *by) {
+  for (int64_t i = 0; i < n; i++) {
+    float g = gradient[i] * by->scale;
+    first[i] = fmaf(first[i], by->beta1, g * by->rest1);
+    second[i] = fmaf(second[i], by->beta2, g * by->rest2 * g);
+    float step = first[i] * by->rate / (sqrtf(second[i] * by->unbias) + by->eps);
+    w[i] -= fmaf(w[i], by->decay, step);
+  }
+}
+
 /* ---------------------------------------------------------------- table */
 
 void acre_kernels_scalar(acre_kernels *table) {
@@ -386,6 +438,12 @@ void acre_kernels_scalar(acre_kernels *table) {
       .softmax_back = softmax_back,
       .swiglu = swiglu,
       .rope = rope,
+      .highest = highest,
+      .sum_exp = sum_exp,
+      .exp_scaled = exp_scaled,
+      .rmsnorm_back = rmsnorm_back,
+      .swiglu_back = swiglu_back,
+      .adamw = adamw,
   };
   table->q8.unpack = unpack_q8;
   table->q8.thin = acre_thin_unpacked;

@@ -245,6 +245,14 @@ static void test_layouts(void) {
 
 /* ---------------------------------------------------------------- vectors */
 
+static void call_adamw(const acre_kernels *t, float *y, int64_t n, float *const x[4]) {
+  acre_adamw_factors by = {0.5f, 0.9f, 0.1f, 0.95f, 0.05f, 0.01f, 1.5f, 1e-8f, 0.001f};
+  memcpy(y, x[0], (size_t)n * 4);
+  memcpy(y + n, x[1], (size_t)n * 4);
+  for (int64_t i = 0; i < n; i++) y[2 * n + i] = fabsf(x[2][i]);
+  t->adamw(y, y + n, y + 2 * n, x[3], n, &by);
+}
+
 /* Kernels on rows of n numbers. */
 static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
                         float *const x[4]) {
@@ -261,11 +269,18 @@ static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
     case 8: t->swiglu(y, x[2], x[1], n); break;
     case 9: t->rope(y, x[0], x[1], x[3], n); break;
     case 10: bf16->rmsnorm(y, x[0], x[1], 1e-5, n); break;
+    case 11: t->exp_scaled(y, x[2], n, t->highest(x[2], n), 0.3f); break;
+    case 12:
+      memcpy(y, x[3], (size_t)n * 4), t->rmsnorm_back(y, x[0], x[1], x[2], 1e-5, n);
+      break;
+    case 13: t->swiglu_back(y, y + n, x[2], x[1], x[0], n); break;
+    case 14: call_adamw(t, y, n, x); break;
   }
 }
 
 static int64_t written(int which, int64_t n) {
-  if (which == 9) return 2 * n;
+  if (which == 9 || which == 13) return 2 * n;
+  if (which == 14) return 3 * n;
   return which == 0 || which == 10 ? acre_ceil_div(n, 2) : n;
 }
 
@@ -307,8 +322,10 @@ static bool reference(int which, int64_t n, int64_t i, float *const x[4], double
   return false;
 }
 
+/* The kernels of training, from 11 on, are compared in test_learn.c. */
 static bool within_bound(int which, int64_t n, const float *y, float *const x[4]) {
   double result, error;
+  if (which > 10) return true;
   for (int64_t i = 0; i < written(which, n); i++)
     if (reference(which, n, i, x, &result, &error) && !(fabs(y[i] - result) <= error))
       return false;
@@ -331,7 +348,7 @@ static void test_vectors(void) {
                    random_floats(83)};
     for (int i = 0; i < 83; i++) x[2][i] *= 100.0f;
     test_norm_rounds(n, x);
-    for (int which = 0; which <= 10; which++) {
+    for (int which = 0; which <= 14; which++) {
       int64_t size = written(which, n);
       float *first = poisoned(size);
       call_kernel(&tables[0], which, first, n, x);
@@ -436,6 +453,27 @@ static void test_softmax_edges(void) {
   }
 }
 
+/* Any length; a NaN shows in the sum, -infinity adds nothing to it. */
+static void test_sum_exp(void) {
+  for (int64_t n = 1; n <= 200; n += n < 70 ? 1 : 13) {
+    float *x = random_floats(n), most = -INFINITY;
+    double exact = 0.0, first = tables[0].sum_exp(x, n, 1.0f);
+    for (int64_t i = 0; i < n; i++) most = fmaxf(most, x[i]), exact += exp(x[i] - 1.0);
+    CHECK(fabs(first - exact) <= 12 * EPS * exact);
+    for (int i = 0; i < table_count; i++) {
+      CHECK(tables[i].highest(x, n) == most && tables[i].sum_exp(x, n, 1.0f) == first);
+      float kept = x[n / 2];
+      x[n / 2] = NAN;
+      CHECK(isnan(tables[i].sum_exp(x, n, 1.0f)));
+      CHECK(n == 1 || tables[i].highest(x, n) > -1.0f);
+      x[n / 2] = -INFINITY;
+      CHECK(n == 1 || tables[i].sum_exp(x, n, 1.0f) < first);
+      x[n / 2] = kept;
+    }
+    guarded_free(x);
+  }
+}
+
 /* ---------------------------------------------------------------- numbers */
 
 static double ulp(double x) { return ldexp(1.0, (int)floor(log2(x)) - 23); }
@@ -527,5 +565,6 @@ int main(int argc, char **argv) {
   test_softmax(ACRE_F32);
   test_softmax(ACRE_BF16);
   test_softmax_edges();
+  test_sum_exp();
   return check_report();
 }
