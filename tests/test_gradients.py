@@ -31,6 +31,8 @@ from torch_method import EMBEDDING, TorchMethod, nested, spans  # noqa: E402
 # float32: a gradient sums some 10^4 products that were off by 2^-24 each, through two
 # layers and back. bfloat16: activations and their gradients are off by 2^-9 each.
 BOUNDS = {"f32": 1e-4, "bf16": 5e-2}
+# Where few tokens count there is less to average: torch's own bfloat16 reaches 6.3e-2.
+RANDOM_BOUNDS = {"f32": 1e-4, "bf16": 8e-2}
 LOSSES = {"f32": 1e-5, "bf16": 1e-2}
 INTERVALS = (1, 2, 3, 8, 16)
 
@@ -265,7 +267,7 @@ def test_gradients_of_random_examples(dtype):
     for i, made in enumerate(random_examples(20, 1)):
         sides = Sides(tiny.FAMILIES[i % 2], dtype, seed=i)
         check_figures(*sides.both(made), dtype)
-        check_errors(sides.gradient_errors(), BOUNDS[dtype])
+        check_errors(sides.gradient_errors(), RANDOM_BOUNDS[dtype])
 
 
 def test_gradients_sum_over_examples():
@@ -477,15 +479,16 @@ def test_learns_what_only_l1_entries_can_tell(dtype):
 
 def report(count: int = 100) -> None:
     """Prints the worst and the mean error of each class over random examples."""
-    for dtype in BOUNDS:
+    examples = [*EXAMPLES.values(), *random_examples(count, 2)]
+    for dtype, bound in RANDOM_BOUNDS.items():
         found: dict[str, list[tuple[float, float]]] = {}
-        for i, made in enumerate([*EXAMPLES.values(), *random_examples(count, 2)]):
+        for i, made in enumerate(examples):
             sides = Sides(tiny.FAMILIES[i % 2], dtype, seed=i)
             ours, theirs = sides.both(made)
             found.setdefault("loss", []).append((loss_error(ours, theirs),) * 2)
             for each, pair in sides.gradient_errors().items():
                 found.setdefault(each, []).append(pair)
-        print(f"\n{dtype}, {len(found['loss'])} examples; bound {BOUNDS[dtype]:.0e}")
+        print(f"\n{dtype}, {len(examples)} examples; bound {bound:.0e}")
         print(f"{'':12}{'max error':>12}{'mean error':>12}")
         for each, pairs in found.items():
             worst, mean = np.array(pairs).T
