@@ -13,9 +13,9 @@ where keeping them would take too much memory. Refuses to print when the two los
 differ by more than a hundredth in the first timed round.
 
 GFLOP/s are those of `Work`, its products alone (the formula is there), and are also
-given as a share of the best rate of oneDNN's matrix products so far in this run. Memory is the
-largest size while an update runs, over the size before it: resident, and for acre also
-what its engine counted.
+given as a share of the best rate of oneDNN's matrix products so far in this run. Memory
+is the largest size while an update runs, over the size before it: resident, and for
+acre also what its engine counted.
 """
 
 from __future__ import annotations
