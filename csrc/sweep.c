@@ -249,9 +249,9 @@ static acre_status lay_passes(acre_sweep *s, const acre_example *e, acre_error *
 static void want(acre_sweep *s, const acre_example *e) {
   int64_t j = 0;
   bool wanted = false;
-  for (int64_t w = 0; w < e->windows && s->passes[w].joined; ++w) {
+  for (int64_t w = 0; j < s->m; ++w) {
     const acre_sweep_pass *p = &s->passes[w];
-    for (int64_t i = p->first; i < p->last; ++i) {
+    for (int64_t i = p->first; i < p->last && j < s->m; ++i) {
       wanted |= e->evidence[i] != 0;
       if ((i + 1) % p->interval) continue;
       s->wanted[j++] = wanted;

@@ -255,7 +255,7 @@ static acre_status check_adamw(const acre_adamw *a, double divisor, double clip,
       {"step", (double)a->step, 1, 1e15}, {"lr", a->lr, 0, 1e3},
       {"beta1", a->beta1, 0, 1 - 1e-9},   {"beta2", a->beta2, 0, 1 - 1e-9},
       {"eps", a->eps, 1e-30, 1},          {"weight_decay", a->weight_decay, 0, 1e3},
-      {"divisor", divisor, 1e-30, 1e30},  {"clip", clip, 0, 1e30}};
+      {"divisor", divisor, 1e-300, 1e300},  {"clip", clip, 0, 1e30}};
   for (int i = 0; i < ACRE_COUNT(limits); ++i) {
     if (limits[i].value >= limits[i].low && limits[i].value <= limits[i].high) continue;
     return acre_fail(error, ACRE_BAD_VALUE, "%s: got %g, expected %g to %g", limits[i].name,

@@ -116,7 +116,7 @@ EXAMPLES = {
     "windows, nothing recent": example(2, 40, 16, 8, weighted=False),
     "odd sizes": example(3, 61, 13, 7, weighted=False),
     "carry": example(4, 61, 13, 7, carry=5),
-    "carry over windows": example(5, 45, 5, 3, carry=7),
+    "carry beyond the first window": example(5, 45, 3, 7, carry=7),
     "one token per window": example(6, 12, 1, 1, carry=1),
     "later windows longer": example(7, 60, 8, 19),
     "tail": example(8, 47, 16, 8, t=9),

@@ -160,7 +160,7 @@ def test_bad_examples(changes, error, words):
 
 def test_positions_that_do_not_suffice():
     t = trainer(w_max=20)
-    with pytest.raises(_core.TooLongError, match="window 1 needs"):
+    with pytest.raises(_core.TooLongError, match="window 0 needs 24"):
         t.accumulate(**example(window=12, stride=8, intervals=[1, 4, 4, 4, 4]))
 
 

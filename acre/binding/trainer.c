@@ -163,6 +163,13 @@ static void free_arrays(example_arrays *a) {
   PyMem_RawFree(a->heads);
 }
 
+/* A keyword that must come: the parser knows no such thing. */
+static bool present(PyObject *object, const char *name) {
+  if (object) return true;
+  PyErr_Format(PyExc_TypeError, "%s: got none, expected this keyword", name);
+  return false;
+}
+
 static bool given(PyObject *object) { return object && object != Py_None; }
 
 static int read_intervals(PyObject *object, example_arrays *own, acre_example *e) {
@@ -253,10 +260,13 @@ static PyObject *trainer_accumulate(trainer_object *self, PyObject *args,
   acre_example example = acre_example_default();
   bool gradients = true;
   PyObject *result = NULL;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$OOO|OOOOOOOO:accumulate", names, &a.ids,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOO:accumulate", names, &a.ids,
                                    &a.intervals, &a.window, &a.stride, &a.carry, &a.tail,
                                    &a.weights, &a.evidence, &a.query, &a.evidence_weight,
                                    &a.heads, &a.gradients))
+    return NULL;
+  if (!present(a.intervals, "intervals") || !present(a.window, "window") ||
+      !present(a.stride, "stride"))
     return NULL;
   if ((!a.gradients || argument_bool(a.gradients, "gradients", &gradients) == 0) &&
       read_example(self, &a, &own, &example) == 0)
@@ -274,13 +284,14 @@ static int read_number(PyObject *object, const char *name, double *out) {
 static PyObject *trainer_update(trainer_object *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"step",  "lr",  "divisor",      "clip", "beta1",
                           "beta2", "eps", "weight_decay", NULL};
-  PyObject *step, *lr, *divisor_object, *clip_object = NULL, *beta1 = NULL, *beta2 = NULL,
-                                        *eps = NULL, *decay = NULL;
+  PyObject *step = NULL, *lr = NULL, *divisor_object = NULL, *clip_object = NULL,
+           *beta1 = NULL, *beta2 = NULL, *eps = NULL, *decay = NULL;
   acre_adamw adamw = acre_adamw_default();
   double divisor, clip = 0, norm = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOO|OOOOO:update", names, &step, &lr,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOOOOOO:update", names, &step, &lr,
                                    &divisor_object, &clip_object, &beta1, &beta2, &eps,
                                    &decay) ||
+      !present(step, "step") || !present(lr, "lr") || !present(divisor_object, "divisor") ||
       argument_int64(step, "step", &adamw.step) < 0 ||
       argument_double(lr, "lr", &adamw.lr) < 0 ||
       argument_double(divisor_object, "divisor", &divisor) < 0 ||
