@@ -58,7 +58,7 @@ typedef struct back_task {
   void *q, *dout;         /* operands [count][padded] */
   void *q_t, *dout_t;     /* operands [d][t_stride], zero beyond count */
   int64_t t_stride;       /* most items of a block */
-  float *dq;              /* [count][padded]; until then what items are transposed from */
+  float *dq;              /* [count][padded], rubbish beyond d; first what is transposed */
   float *s, *dp;          /* [count][64]: logits, then weights; their derivatives */
   void *p_rows, *ds_rows; /* operands: rows of weights under each other */
   void *ds;               /* operands [count][64] */
@@ -290,7 +290,6 @@ static void back_block(const back_task *t) {
   size_t bytes = (size_t)d * sizeof(float);
   if (visible(&t->tiles[0], item_row(t, t->count - 1)) <= 0) return;
   load_items(t);
-  memset(t->dq, 0, (size_t)(t->count * job->padded) * sizeof(float));
   for (int64_t i = 0; i < t->count; i++)
     memcpy(t->dq + i * job->padded, dq_at(t, item_row(t, i), item_head(t, i)), bytes);
   for (int64_t i = 0; i < t->tile_count; i++) {
