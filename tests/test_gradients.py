@@ -427,12 +427,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     given = np.full(trainer.size, 3e38, np.float32)
     trainer.write("gradients", given)
     before = [trainer.read(part) for part in ("parameters", "first", "second")]
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="finite|norm is inf"):
         trainer.update(step=1, lr=0.1, divisor=1e-300)
     for part, old in zip(("parameters", "first", "second"), before, strict=True):
         np.testing.assert_array_equal(trainer.read(part), old)
     given[7] = np.nan
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="finite|norm is inf"):
         trainer.write("gradients", given)
 
 

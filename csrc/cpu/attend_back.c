@@ -19,8 +19,9 @@
 #include <math.h>
 
 #define TILE ACRE_KEY_TILE
-#define UNIT 4         /* most tiles of a unit */
-#define UNIT_WIDTH 256 /* and most dimensions of all its keys side by side */
+#define UNIT 8           /* most tiles of a unit */
+#define UNIT_WIDTH 512   /* most dimensions of its tiles side by side */
+#define ITEMS_WIDTH 8192 /* most dimensions of a block's items side by side */
 
 typedef struct back_job {
   acre_queue *queue;
@@ -56,8 +57,8 @@ typedef struct back_task {
   int64_t item, count;    /* the block of items */
   void *q, *dout;         /* operands [count][padded] */
   void *q_t, *dout_t;     /* operands [d][t_stride], zero beyond count */
-  int64_t t_stride;       /* most items of a block, in whole panels */
-  float *dq;              /* [count][padded]; until then what items are transposed from */
+  int64_t t_stride;       /* most items of a block */
+  float *dq;              /* [count][padded], rubbish beyond d; first what is transposed */
   float *s, *dp;          /* [count][64]: logits, then weights; their derivatives */
   void *p_rows, *ds_rows; /* operands: rows of weights under each other */
   void *ds;               /* operands [count][64] */
@@ -65,28 +66,19 @@ typedef struct back_task {
   float *lse, *delta;     /* [count] */
 } back_task;
 
-/* Wide heads take fewer items and fewer tiles. */
+/* Wide heads take fewer tiles and fewer items, of these whole panels. */
+static int64_t unit_of(int64_t padded) { return acre_min(UNIT, UNIT_WIDTH / padded); }
+
 static int64_t items_of(int64_t padded) {
-  return padded <= 128 ? 64 : padded <= 256 ? 32 : 12;
+  return acre_min(TILE, ITEMS_WIDTH / padded / ACRE_PANEL * ACRE_PANEL);
 }
 
-static int64_t unit_of(int64_t padded) {
-  return acre_min(acre_max(UNIT_WIDTH / padded, 1), UNIT);
-}
-
-#define UNIT_FLOATS(width) (5 * TILE * (width))
-#define ITEM_FLOATS(items, padded) \
-  (3 * (items) * (padded) + 2 * (((items) + 15) / 16 * 16) * (padded))
-#define WEIGHT_FLOATS(items) \
-  (4 * TILE * (((items) + 15) / 16 * 16) + 2 * TILE * TILE + 2 * TILE)
-
-_Static_assert(UNIT_FLOATS(UNIT_WIDTH) + ITEM_FLOATS(64, 128) + WEIGHT_FLOATS(64) <=
+_Static_assert(UNIT_WIDTH >= ACRE_HEAD_DIM_MAX, "no room for a tile");
+_Static_assert(ITEMS_WIDTH >= ACRE_PANEL * ACRE_HEAD_DIM_MAX, "no room for a block");
+_Static_assert(5 * TILE * UNIT_WIDTH + 5 * ITEMS_WIDTH + 6 * TILE * TILE + 2 * TILE <=
                    ACRE_WORKER_FLOATS,
                "scratch is too small");
-_Static_assert(UNIT_FLOATS(ACRE_HEAD_DIM_MAX) + ITEM_FLOATS(12, ACRE_HEAD_DIM_MAX) +
-                       WEIGHT_FLOATS(12) <=
-                   ACRE_WORKER_FLOATS,
-               "scratch is too small for wide heads");
+
 static float *carve(float **scratch, int64_t floats) {
   float *taken = *scratch;
   *scratch += floats;
@@ -98,7 +90,7 @@ static back_task take_task(const back_job *job, int64_t index, float *scratch) {
   back_task t = {.job = job,
                  .kv = index / ACRE_ATTEND_PARTS,
                  .part = index % ACRE_ATTEND_PARTS,
-                 .t_stride = acre_padded(items)};
+                 .t_stride = items};
   for (int64_t i = 0; i < unit_of(padded); i++) {
     key_tile *tile = &t.tiles[i];
     tile->k_t = carve(&scratch, TILE * padded);
@@ -110,16 +102,16 @@ static back_task take_task(const back_job *job, int64_t index, float *scratch) {
   t.q = carve(&scratch, items * padded);
   t.dout = carve(&scratch, items * padded);
   t.dq = carve(&scratch, items * padded);
-  t.q_t = carve(&scratch, t.t_stride * padded);
-  t.dout_t = carve(&scratch, t.t_stride * padded);
+  t.q_t = carve(&scratch, items * padded);
+  t.dout_t = carve(&scratch, items * padded);
   t.lse = carve(&scratch, TILE);
   t.delta = carve(&scratch, TILE);
-  t.s = carve(&scratch, t.t_stride * TILE);
-  t.dp = carve(&scratch, t.t_stride * TILE);
+  t.s = carve(&scratch, items * TILE);
+  t.dp = carve(&scratch, items * TILE);
   t.p_rows = carve(&scratch, TILE * TILE);
   t.ds_rows = carve(&scratch, TILE * TILE);
-  t.ds = carve(&scratch, t.t_stride * TILE);
-  t.typed = carve(&scratch, t.t_stride * TILE);
+  t.ds = carve(&scratch, items * TILE);
+  t.typed = carve(&scratch, items * TILE);
   return t;
 }
 
@@ -151,12 +143,6 @@ static int64_t item_head(const back_task *t, int64_t i) {
   return t->kv * t->job->group + (t->item + i) % t->job->group;
 }
 
-/* Where the item's head starts in [rows, h, d]. */
-static int64_t item_at(const back_task *t, int64_t i) {
-  const acre_heads *heads = t->job->heads;
-  return (item_row(t, i) * heads->heads + item_head(t, i)) * heads->head_dim;
-}
-
 /* Where this part's dq of a row and head lies. */
 static float *dq_at(const back_task *t, int64_t row, int64_t head) {
   const back_job *job = t->job;
@@ -165,47 +151,56 @@ static float *dq_at(const back_task *t, int64_t row, int64_t head) {
   return job->scratch + ((t->part - 1) * job->rows + row) * width + head * d;
 }
 
+/* A panel's row of operands; of a size known here, so that it is a move. */
+static void copy_row(const acre_typed *T, void *to, const void *from) {
+  if (T->operand == sizeof(float))
+    memcpy(to, from, ACRE_PANEL * sizeof(float));
+  else
+    memcpy(to, from, ACRE_PANEL * sizeof(uint16_t));
+}
+
 /* a [d][t_stride] = T(x^T), with zeros beyond count. x [count][padded]. */
 static void transpose_items(const back_task *t, void *a, const float *x) {
   const acre_typed *T = t->job->T;
   int64_t d = t->job->heads->head_dim, panels = acre_ceil_div(t->count, ACRE_PANEL);
-  size_t bytes = (size_t)(ACRE_PANEL * T->operand);
   for (int64_t c = 0; c < d; c += TILE) {
     int64_t n = acre_min(TILE, d - c);
     t->job->f32->keys(t->s, x + c, t->job->padded, t->count, n);
     T->round(t->dp, t->s, panels * n * ACRE_PANEL);
     for (int64_t p = 0; p < panels; p++)
       for (int64_t r = 0; r < n; r++)
-        memcpy(operand_at(T, a, (c + r) * t->t_stride + p * ACRE_PANEL),
-               operand_at(T, t->dp, (p * n + r) * ACRE_PANEL), bytes);
+        copy_row(T, operand_at(T, a, (c + r) * t->t_stride + p * ACRE_PANEL),
+                 operand_at(T, t->dp, (p * n + r) * ACRE_PANEL));
   }
 }
 
-static void load_queries(const back_task *t) {
+/* Operands of a block as float32; x is room for them. */
+static const float *floats_of(const back_task *t, float *x, const void *a) {
   const back_job *job = t->job;
-  int64_t d = job->heads->head_dim;
-  for (int64_t i = 0; i < t->count; i++) {
-    const void *q = typed_at(job, job->q, item_at(t, i));
-    job->T->load(operand_at(job->T, t->q, i * job->padded), q, d);
-    job->T->widen(t->dq + i * job->padded, q, d);
-  }
-  transpose_items(t, t->q_t, t->dq);
+  if (job->T->operand == sizeof(float)) return a;
+  job->T->widen(x, a, t->count * job->padded);
+  return x;
 }
 
-static void load_gradients(const back_task *t) {
+static void load_items(const back_task *t) {
   const back_job *job = t->job;
   int64_t d = job->heads->head_dim;
-  float out[ACRE_HEAD_DIM_MAX];
+  float x[ACRE_HEAD_DIM_MAX];
   for (int64_t i = 0; i < t->count; i++) {
-    float *x = t->dq + i * job->padded;
-    job->T->store(t->typed, job->dout + item_at(t, i), d);
-    job->T->load(operand_at(job->T, t->dout, i * job->padded), t->typed, d);
-    job->T->widen(x, t->typed, d);
-    job->T->widen(out, typed_at(job, job->out, item_at(t, i)), d);
-    t->delta[i] = job->queue->kernels->dot(x, out, d);
-    t->lse[i] = job->lse[item_row(t, i) * job->heads->heads + item_head(t, i)];
+    int64_t item = item_row(t, i) * job->heads->heads + item_head(t, i);
+    job->T->load(operand_at(job->T, t->q, i * job->padded), typed_at(job, job->q, item * d),
+                 d);
+    job->T->round(operand_at(job->T, t->dout, i * job->padded), job->dout + item * d, d);
+    t->lse[i] = job->lse[item];
   }
-  transpose_items(t, t->dout_t, t->dq);
+  transpose_items(t, t->q_t, floats_of(t, t->dq, t->q));
+  const float *dout = floats_of(t, t->dq, t->dout);
+  transpose_items(t, t->dout_t, dout);
+  for (int64_t i = 0; i < t->count; i++) {
+    int64_t item = item_row(t, i) * job->heads->heads + item_head(t, i);
+    job->T->widen(x, typed_at(job, job->out, item * d), d);
+    t->delta[i] = job->queue->kernels->dot(dout + i * job->padded, x, d);
+  }
 }
 
 /* ---------------------------------------------------------------- a block and a tile */
@@ -219,9 +214,10 @@ static int64_t visible(const key_tile *tile, int64_t row) {
 static void weigh(const back_task *t, const key_tile *tile) {
   const back_job *job = t->job;
   const float *bias = tile->keys->bias ? tile->keys->bias + tile->first : NULL;
+  int64_t most = visible(tile, item_row(t, t->count - 1));
   for (int64_t i = 0, end; i < t->count; i = end) {
     int64_t n = visible(tile, item_row(t, i));
-    for (end = i + 1; end < t->count; end++)
+    for (end = n == most ? t->count : i + 1; end < t->count; end++)
       if (visible(tile, item_row(t, end)) != n) break;
     job->queue->kernels->softmax_back(t->s + i * TILE, t->dp + i * TILE, bias, end - i,
                                       acre_max(n, 0), job->scale, job->factor, t->lse + i,
@@ -263,18 +259,43 @@ static void back_tile(const back_task *t, const key_tile *tile) {
           true);
 }
 
+static void fetch(const void *x, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch((const char *)x + at, 0,
+                       2); /* not in the way of what is worked on */
+}
+
+/* Fetches what the next block will load, the share-th of as many parts as the unit has
+ * tiles: its rows lie too far apart for the processor to foresee. */
+static void fetch_ahead(const back_task *t, int64_t share) {
+  const back_job *job = t->job;
+  int64_t first = item_row(t, t->count), head = t->kv * job->group;
+  int64_t rows = acre_min(t->count / job->group + 1, job->rows - first);
+  int64_t end = first + (share + 1) * rows / t->tile_count;
+  size_t n = (size_t)(job->group * job->heads->head_dim);
+  size_t typed = n * acre_dtype_size(job->heads->dtype);
+  for (int64_t row = first + share * rows / t->tile_count; row < end; row++) {
+    int64_t at = (row * job->heads->heads + head) * job->heads->head_dim;
+    fetch(typed_at(job, job->q, at), typed);
+    fetch(typed_at(job, job->out, at), typed);
+    fetch(job->dout + at, n * sizeof(float));
+    fetch(dq_at(t, row, head), n * sizeof(float));
+  }
+}
+
 /* A block of items against the unit. */
 static void back_block(const back_task *t) {
   const back_job *job = t->job;
   int64_t d = job->heads->head_dim;
   size_t bytes = (size_t)d * sizeof(float);
   if (visible(&t->tiles[0], item_row(t, t->count - 1)) <= 0) return;
-  load_queries(t);
-  load_gradients(t);
-  memset(t->dq, 0, (size_t)(t->count * job->padded) * sizeof(float));
+  load_items(t);
   for (int64_t i = 0; i < t->count; i++)
     memcpy(t->dq + i * job->padded, dq_at(t, item_row(t, i), item_head(t, i)), bytes);
-  for (int64_t i = 0; i < t->tile_count; i++) back_tile(t, &t->tiles[i]);
+  for (int64_t i = 0; i < t->tile_count; i++) {
+    fetch_ahead(t, i);
+    back_tile(t, &t->tiles[i]);
+  }
   for (int64_t i = 0; i < t->count; i++)
     memcpy(dq_at(t, item_row(t, i), item_head(t, i)), t->dq + i * job->padded, bytes);
 }
@@ -341,10 +362,12 @@ static void run_task(void *context, int64_t index, int32_t worker) {
   for (int64_t row = 0; row < job->rows; row++) /* also where the part has no keys */
     memset(dq_at(&t, row, t.kv * job->group), 0, bytes);
   int64_t tiles = job->tiles[0] + job->tiles[1], unit = unit_of(job->padded);
+  int64_t first = t.part * tiles / ACRE_ATTEND_PARTS;
   int64_t end = (t.part + 1) * tiles / ACRE_ATTEND_PARTS;
-  for (int64_t i = t.part * tiles / ACRE_ATTEND_PARTS; i < end; i += unit) {
-    t.tile_count = acre_min(unit, end - i);
-    back_unit(&t, i);
+  for (; first < end; first += t.tile_count) { /* units of like size */
+    int64_t units = acre_ceil_div(end - first, unit);
+    t.tile_count = acre_ceil_div(end - first, units);
+    back_unit(&t, first);
   }
 }
 

@@ -20,7 +20,7 @@ typedef struct cpu_backend {
   _Atomic int64_t references;
 } cpu_backend;
 
-#define ACRE_WORKER_FLOATS (208 * 1024)  /* scratch of one worker */
+#define ACRE_WORKER_FLOATS (225 * 1024)  /* scratch of one worker */
 #define ACRE_SHARED_FLOATS (1100 * 1024) /* scratch that all workers see */
 
 struct acre_queue {
