@@ -269,27 +269,20 @@ static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
     case 8: t->swiglu(y, x[2], x[1], n); break;
     case 9: t->rope(y, x[0], x[1], x[3], n); break;
     case 10: bf16->rmsnorm(y, x[0], x[1], 1e-5, n); break;
-<<<<<<< HEAD
-    case 11: t->exp_scaled(y, x[2], n, t->highest(x[2], n), 0.3f); break;
-    case 12:
+    case 11: y[0] = t->dot(x[0], x[1], n); break;
+    case 12: t->exp_scaled(y, x[2], n, t->highest(x[2], n), 0.3f); break;
+    case 13:
       memcpy(y, x[3], (size_t)n * 4), t->rmsnorm_back(y, x[0], x[1], x[2], 1e-5, n);
       break;
-    case 13: t->swiglu_back(y, y + n, x[2], x[1], x[0], n); break;
-    case 14: call_adamw(t, y, n, x); break;
-=======
-    case 11: y[0] = t->dot(x[0], x[1], n); break;
->>>>>>> h-attn
+    case 14: t->swiglu_back(y, y + n, x[2], x[1], x[0], n); break;
+    case 15: call_adamw(t, y, n, x); break;
   }
 }
 
 static int64_t written(int which, int64_t n) {
-<<<<<<< HEAD
-  if (which == 9 || which == 13) return 2 * n;
-  if (which == 14) return 3 * n;
-=======
-  if (which == 9) return 2 * n;
+  if (which == 9 || which == 14) return 2 * n;
   if (which == 11) return 1;
->>>>>>> h-attn
+  if (which == 15) return 3 * n;
   return which == 0 || which == 10 ? acre_ceil_div(n, 2) : n;
 }
 
@@ -336,10 +329,10 @@ static bool reference(int which, int64_t n, int64_t i, float *const x[4], double
   return false;
 }
 
-/* The kernels of training, from 11 on, are compared in test_learn.c. */
+/* The kernels of training, from 12 on, are compared in test_learn.c. */
 static bool within_bound(int which, int64_t n, const float *y, float *const x[4]) {
   double result, error;
-  if (which > 10) return true;
+  if (which > 11) return true;
   for (int64_t i = 0; i < written(which, n); i++)
     if (reference(which, n, i, x, &result, &error) && !(fabs(y[i] - result) <= error))
       return false;
@@ -362,11 +355,7 @@ static void test_vectors(void) {
                    random_floats(83)};
     for (int i = 0; i < 83; i++) x[2][i] *= 100.0f;
     test_norm_rounds(n, x);
-<<<<<<< HEAD
-    for (int which = 0; which <= 14; which++) {
-=======
-    for (int which = 0; which <= 11; which++) {
->>>>>>> h-attn
+    for (int which = 0; which <= 15; which++) {
       int64_t size = written(which, n);
       float *first = poisoned(size);
       call_kernel(&tables[0], which, first, n, x);
@@ -471,7 +460,6 @@ static void test_softmax_edges(void) {
   }
 }
 
-<<<<<<< HEAD
 /* Any length; a NaN shows in the sum, -infinity adds nothing to it. */
 static void test_sum_exp(void) {
   for (int64_t n = 1; n <= 200; n += n < 70 ? 1 : 13) {
@@ -491,7 +479,8 @@ static void test_sum_exp(void) {
     }
     guarded_free(x);
   }
-=======
+}
+
 enum { BACK_ROWS = 3 };
 
 /* Each row's p and ds, side by side. */
@@ -543,7 +532,6 @@ static void test_softmax_back(void) {
       }
       guarded_free(s), guarded_free(dp), guarded_free(delta), guarded_free(bias);
     }
->>>>>>> h-attn
 }
 
 /* ---------------------------------------------------------------- numbers */
@@ -637,10 +625,7 @@ int main(int argc, char **argv) {
   test_softmax(ACRE_F32);
   test_softmax(ACRE_BF16);
   test_softmax_edges();
-<<<<<<< HEAD
   test_sum_exp();
-=======
   test_softmax_back();
->>>>>>> h-attn
   return check_report();
 }
