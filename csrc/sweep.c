@@ -296,11 +296,13 @@ static acre_status open_memory(acre_sweep *s, acre_error *error) {
   return acre_loss_open(&s->loss, s->model, error);
 }
 
-acre_status acre_sweep_open(acre_sweep *s, acre_model *model, const acre_example *example,
-                            bool gradients, acre_error *error) {
+acre_status acre_sweep_open(acre_sweep *s, acre_model *model, acre_tape_shelf *shelf,
+                            const acre_example *example, bool gradients,
+                            acre_error *error) {
   memset(s, 0, sizeof *s);
   ACRE_TRY(check_example(example, model, error));
   s->model = model;
+  s->shelf = shelf;
   s->gradients = gradients;
   s->count = example->windows + (example->t > 0);
   s->passes = acre_alloc_zero((size_t)s->count * sizeof *s->passes);
@@ -312,8 +314,8 @@ acre_status acre_sweep_open(acre_sweep *s, acre_model *model, const acre_example
   return status;
 }
 
-static void close_pass(acre_sweep_pass *p) {
-  acre_tape_close(&p->tape);
+static void close_pass(acre_sweep *s, acre_sweep_pass *p) {
+  acre_tape_give(&p->tape, s->shelf);
   acre_kv_gradients_close(&p->kv);
   acre_free(p->ids);
   acre_free(p->spans);
@@ -321,7 +323,7 @@ static void close_pass(acre_sweep_pass *p) {
 }
 
 void acre_sweep_close(acre_sweep *s) {
-  for (int64_t i = 0; s->passes && i < s->count; ++i) close_pass(&s->passes[i]);
+  for (int64_t i = 0; s->passes && i < s->count; ++i) close_pass(s, &s->passes[i]);
   acre_timeline_close(&s->prefix);
   acre_kv_gradients_close(&s->l1);
   acre_loss_close(&s->loss);
@@ -455,7 +457,8 @@ static acre_status read_pass(acre_sweep *s, int64_t index, acre_workspace *works
                              acre_error *error) {
   acre_sweep_pass *p = &s->passes[index];
   scorer to = {s, workspace->queue};
-  ACRE_TRY(acre_tape_open(&p->tape, s->model, p->rows, s->gradients, error));
+  ACRE_TRY(s->gradients ? acre_tape_take(&p->tape, s->shelf, s->model, p->rows, error)
+                        : acre_tape_open(&p->tape, s->model, p->rows, false, error));
   set_middle(s, workspace->queue, p);
   acre_pass pass = {.ids = p->ids,
                     .rows = p->rows,
@@ -514,7 +517,7 @@ static acre_status go_back(acre_sweep *s, int64_t index, const acre_reverse *rev
     status = s->model->backend->ops->sync(workspace->queue, error);
   }
   acre_free(origins);
-  close_pass(p);
+  close_pass(s, p);
   return status;
 }
 

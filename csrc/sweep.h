@@ -36,7 +36,8 @@ typedef struct acre_sweep_pass {
 } acre_sweep_pass;
 
 typedef struct acre_sweep {
-  acre_model *model; /* a fork; the trainer's */
+  acre_model *model;      /* a fork; the trainer's */
+  acre_tape_shelf *shelf; /* the trainer's */
   bool gradients;
   acre_sweep_pass *passes;
   int64_t count;      /* of passes */
@@ -56,7 +57,7 @@ typedef struct acre_sweep {
 } acre_sweep;
 
 /* Checks the example and lays it out; copies what it needs. A zeroed sweep is closed. */
-acre_status acre_sweep_open(acre_sweep *sweep, acre_model *model,
+acre_status acre_sweep_open(acre_sweep *sweep, acre_model *model, acre_tape_shelf *shelf,
                             const acre_example *example, bool gradients, acre_error *error);
 void acre_sweep_close(acre_sweep *sweep);
 

@@ -11,7 +11,7 @@
 #include "timeline.h"
 
 typedef struct acre_tape {
-  int64_t rows, layers;
+  int64_t rows, capacity, layers;
   int64_t hidden, heads, width; /* of one row: x, lse, q */
   size_t unit;                  /* bytes of one number of T */
   acre_timeline own;            /* the pass's keys and values: raw, rotated, values */
@@ -27,6 +27,22 @@ acre_status acre_tape_open(acre_tape *tape, const acre_model *model, int64_t row
 void acre_tape_close(acre_tape *tape); /* closing a zeroed one is fine */
 /* Bytes of a whole tape. */
 size_t acre_tape_bytes(const acre_model *model, int64_t rows);
+
+/* Whole tapes that wait for their next use: fresh memory costs its first touch, which for
+ * tapes is a seventh of all training. A zeroed shelf is empty. */
+typedef struct acre_tape_shelf {
+  acre_tape *tapes;
+  int64_t count, capacity;
+} acre_tape_shelf;
+
+/* A whole tape, from the shelf where one is large enough; where none is, the shelf lets one
+ * go, so that together they do not grow. */
+acre_status acre_tape_take(acre_tape *tape, acre_tape_shelf *shelf, const acre_model *model,
+                           int64_t rows, acre_error *error);
+/* Puts a tape back, or closes it where there is no room. */
+void acre_tape_give(acre_tape *tape, acre_tape_shelf *shelf);
+size_t acre_tape_shelf_bytes(const acre_tape_shelf *shelf, const acre_model *model);
+void acre_tape_shelf_close(acre_tape_shelf *shelf);
 
 static inline float *acre_tape_x(const acre_tape *tape, int64_t layer) {
   return tape->x + layer * tape->rows * tape->hidden;

@@ -23,6 +23,7 @@ struct acre_trainer {
   acre_l1_gradients gradients; /* where they lie in their vector */
   acre_workspace workspace;    /* as large as the largest example so far */
   acre_back_space space;
+  acre_tape_shelf shelf;
   acre_sweep sweep;
 };
 
@@ -176,6 +177,8 @@ static acre_status check_memory(const acre_trainer *t, acre_error *error) {
   if (s->gradients && (s->longest > t->space.rows || s->seen > t->space.prefix)) {
     needed += acre_back_space_bytes(t->model, s->longest, s->seen);
   }
+  needed -= (size_t)acre_min((int64_t)needed,
+                             (int64_t)acre_tape_shelf_bytes(&t->shelf, t->model));
   if (!available || needed <= available) return ACRE_OK;
   return acre_fail(error, ACRE_NO_MEMORY,
                    "example: %lld rows need %zu bytes, %zu are available",
@@ -205,7 +208,8 @@ acre_status acre_trainer_begin(acre_trainer *t, const acre_example *given, bool 
   ACRE_TAKE_OPTIONS(example, acre_example_default(), given);
   ACRE_TRY(enter(t, error));
   acre_sweep_close(&t->sweep);
-  acre_status status = acre_sweep_open(&t->sweep, t->model, &example, gradients, error);
+  acre_status status =
+      acre_sweep_open(&t->sweep, t->model, &t->shelf, &example, gradients, error);
   if (status == ACRE_OK) status = open_space(t, error);
   if (status != ACRE_OK) acre_sweep_close(&t->sweep);
   return leave(t, status);
@@ -252,10 +256,10 @@ static acre_status check_adamw(const acre_adamw *a, double divisor, double clip,
     const char *name;
     double value, low, high;
   } limits[] = {
-      {"step", (double)a->step, 1, 1e15}, {"lr", a->lr, 0, 1e3},
-      {"beta1", a->beta1, 0, 1 - 1e-9},   {"beta2", a->beta2, 0, 1 - 1e-9},
-      {"eps", a->eps, 1e-30, 1},          {"weight_decay", a->weight_decay, 0, 1e3},
-      {"divisor", divisor, 1e-300, 1e300},  {"clip", clip, 0, 1e30}};
+      {"step", (double)a->step, 1, 1e15},  {"lr", a->lr, 0, 1e3},
+      {"beta1", a->beta1, 0, 1 - 1e-9},    {"beta2", a->beta2, 0, 1 - 1e-9},
+      {"eps", a->eps, 1e-30, 1},           {"weight_decay", a->weight_decay, 0, 1e3},
+      {"divisor", divisor, 1e-300, 1e300}, {"clip", clip, 0, 1e30}};
   for (int i = 0; i < ACRE_COUNT(limits); ++i) {
     if (limits[i].value >= limits[i].low && limits[i].value <= limits[i].high) continue;
     return acre_fail(error, ACRE_BAD_VALUE, "%s: got %g, expected %g to %g", limits[i].name,
@@ -350,6 +354,7 @@ void acre_trainer_release(acre_trainer *t) {
   if (!t) return;
   if (t->model) {
     acre_sweep_close(&t->sweep);
+    acre_tape_shelf_close(&t->shelf);
     acre_back_space_close(&t->space);
     acre_workspace_close(&t->workspace, t->model);
     acre_reverse_close(&t->reverse, t->model);
