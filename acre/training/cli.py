@@ -40,7 +40,7 @@ def add_commands(commands: Any, model_options: Any) -> None:
         description="Started by torchrun, srun or mpirun, the processes train as one.",
     )  # fmt: skip
     train.add_argument("stage", choices=("stage1", "stage2"),
-                       help="stage1: long texts; stage2: questions about them")  # fmt: skip
+                       help="1: long texts; 2: questions about them")  # fmt: skip
     model_options(train)
     _train_options(train)
     train.set_defaults(run=command_train)
@@ -70,7 +70,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
                         help="data whose loss is measured")  # fmt: skip
     group = parser.add_argument_group("training")
     group.add_argument("--length", type=int, nargs="+", default=[16384],
-                       metavar="TOKENS", help="of an example, or least and most")  # fmt: skip
+                       metavar="N", help="of an example, or a range")  # fmt: skip
     group.add_argument("--intervals", type=int, nargs="+",
                        default=[8, 16, 32, 64, 128], metavar="L")  # fmt: skip
     for name, (kind, default, words) in NUMBERS.items():

@@ -46,7 +46,7 @@ class Settings:
         integer("steps", self.steps, 1)
         integer("batch_tokens", self.batch_tokens, 1)
         integer("warmup", self.warmup, 0, self.steps)
-        integer("seed", self.seed)
+        integer("seed", self.seed, 0)
         _number("lr", self.lr, math.inf, above=0.0)
         for name in ("clip", "weight_decay", "evidence_weight"):
             _number(name, getattr(self, name), math.inf)
