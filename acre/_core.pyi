@@ -27,6 +27,8 @@ _Ids: TypeAlias = (
 _Heads: TypeAlias = (
     npt.NDArray[np.bool_ | np.integer[Any]] | Buffer | Sequence[Sequence[bool]]
 )
+_Flags: TypeAlias = npt.NDArray[np.bool_ | np.integer[Any]] | Buffer | Sequence[bool]
+_Vector: TypeAlias = Literal["parameters", "gradients", "first", "second"]
 _Groups: TypeAlias = _Ids | Sequence[Sequence[SupportsIndex]]
 _Proxy: TypeAlias = Literal["pooled", "trained"]
 _Part: TypeAlias = Literal[
@@ -51,6 +53,12 @@ class _Plan(TypedDict):
     l2_bytes: int
     recent_bytes: int
     peak_bytes: int
+
+class _Loss(TypedDict):
+    loss: float
+    weight: float
+    evidence: float
+    rows: int
 
 class TooLongError(ValueError):
     """A text or question exceeds the model's usable positions."""
@@ -201,6 +209,49 @@ class Session:
     def model(self) -> Model: ...
     @property
     def cache(self) -> Cache | None: ...
+
+@final
+class Trainer:
+    """L1 parameters that learn on a frozen model; one owner."""
+
+    def __new__(cls, model: Model) -> Trainer: ...
+    def read(self, part: _Vector) -> npt.NDArray[np.float32]: ...
+    def write(self, part: _Vector, values: _Floats) -> None: ...
+    def accumulate(
+        self,
+        ids: _Ids,
+        *,
+        intervals: _Ids,
+        window: int,
+        stride: int,
+        carry: int = 0,
+        tail: _Ids | None = None,
+        weights: _Floats | None = None,
+        evidence: _Flags | None = None,
+        query: tuple[int, int] | None = None,
+        evidence_weight: float = 0.0,
+        heads: _Heads | None = None,
+        gradients: bool = True,
+    ) -> _Loss: ...
+    def update(
+        self,
+        *,
+        step: int,
+        lr: float,
+        divisor: float,
+        clip: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+    ) -> float: ...
+    def clear(self) -> None: ...
+    @property
+    def entries(self) -> list[tuple[str, int, tuple[int, ...]]]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def model(self) -> Model: ...
 
 @final
 class Tensor:

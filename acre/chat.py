@@ -219,6 +219,29 @@ class Frame:
         own = self._overlap(offsets, len(before) + at, len(query))
         return ids, int(own[0]), int(own[-1]) + 1
 
+    def answer_ids(self, answer: str) -> np.ndarray:
+        """int32 [a]: an answer as it follows `question_ids`, then the token that ends
+        it (none where the tokenizer names no end).
+
+        That token is the one that ends the acknowledgement in the template. ValueError
+        for an empty answer or invalid Unicode, TypeError for no str.
+        """
+        if not check_text(answer).strip():
+            raise ValueError("answer: got an empty text")
+        apart = self._plain and not self._tokenizer.space_prefix
+        own = self._tokenizer.encode(f" {answer.lstrip()}" if apart else answer)
+        return np.concatenate([own, self._ending()])
+
+    def _ending(self) -> np.ndarray:
+        """The end of an assistant turn, int32 [0 or 1]."""
+        ends = self._tokenizer.eos_ids
+        said = (self.options["acknowledgement"] or "").strip()
+        if said and not self._plain:
+            after = self._parts[1].rpartition(said)[2]
+            ids = self._tokenizer.encode(after, special=True, bos=False)
+            ends = [*(i for i in ids.tolist() if i in ends), *ends]
+        return np.array(ends[:1], dtype=np.int32)
+
     @staticmethod
     def _overlap(offsets: np.ndarray, start: int, length: int) -> np.ndarray:
         """Indices of the tokens that hold characters [start, start + length)."""

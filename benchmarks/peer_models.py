@@ -103,13 +103,18 @@ def torch_from_file(path: str | os.PathLike[str], dtype: str) -> Any:
 
     kind = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype]
     source = loaders.open_source(path)
-    state = {
-        name: _torch_tensor(array, held).to(kind)
+    state = torch_tensors(source, kind)
+    biased = "model.layers.0.self_attn.q_proj.bias" in state
+    return _torch_model(torch_config(source.config, biased), state, kind)
+
+
+def torch_tensors(source: loaders.Source, dtype: Any) -> dict[str, Any]:
+    """The base model's tensors by Hugging Face name, each in the torch dtype given."""
+    return {
+        name: _torch_tensor(array, held).to(dtype)
         for name, array, held in source.tensors()
         if "acre_" not in name
     }
-    biased = "model.layers.0.self_attn.q_proj.bias" in state
-    return _torch_model(torch_config(source.config, biased), state, kind)
 
 
 def torch_config(core: Mapping[str, Any], biased: bool) -> dict[str, Any]:

@@ -106,7 +106,8 @@ typedef struct acre_backend_ops {
 
   /* out[i] = log(sum over c of exp(logits[i, c])) - logits[i, target[i]], or 0 where target[i]
    * is -1. logits [rows, vocab] float32; the sum is of float32 exponentials of differences to
-   * the row's highest logit, added up in double. target on the device. */
+   * the row's highest logit, 64 at a time in float32 and those sums in float64. target on
+   * the device. */
   void (*cross_entropy)(acre_queue *, float *out, const float *logits,
                         const int32_t *target, int64_t rows, int64_t vocab);
 
@@ -207,8 +208,9 @@ typedef struct acre_backend_ops {
                              const int32_t *target, const float *weight, int64_t rows,
                              int64_t vocab, acre_dtype);
 
-  /* dW[n, k] += sum over i of dy[i, n] * x[i, k], in the order of i: dW [N, K] float32 dense,
-   * dy float32 with row stride dy_stride, x [rows, K] of T, dense. */
+  /* dW[n, k] += sum over i of dy[i, n] * x[i, k], in the order of i (on the CPU one FMA after
+   * another, from the old dW on): dW [N, K] float32 dense, dy float32 with row stride
+   * dy_stride, x [rows, K] of T, dense. */
   void (*matmul_back)(acre_queue *, float *dW, const float *dy, int64_t dy_stride,
                       const void *x, int64_t rows, int64_t N, int64_t K, acre_dtype);
 

@@ -143,6 +143,14 @@ static void look(const flow *f, int64_t layer, bool rotated) {
               f->pass->rows);
 }
 
+/* Keeps the residual stream before this layer, or behind the last one. */
+static void record(const flow *f, int64_t layer) {
+  if (!f->pass->tape) return;
+  acre_span all = {f->ws->x, 0, f->pass->rows};
+  f->ops->copy_rows(f->ws->queue, acre_tape_x(f->pass->tape, layer), &all, 1,
+                    (size_t)f->model->config.hidden * sizeof(float));
+}
+
 /* Rotates the queries and appends the keys and values to the timeline. */
 static void place(flow *f, int64_t layer) {
   const acre_model_config *c = &f->model->config;
@@ -165,15 +173,24 @@ static void place(flow *f, int64_t layer) {
 static void attend(flow *f, int64_t layer, const acre_layer *weights) {
   acre_workspace *ws = f->ws;
   const acre_pass *pass = f->pass;
-  int64_t width = f->model->config.heads * f->model->config.head_dim;
+  const acre_model_config *c = &f->model->config;
+  int64_t width = c->heads * c->head_dim, qkv = acre_model_qkv_width(f->model);
   acre_keys own = acre_timeline_keys(pass->own, layer, f->seen + pass->rows);
   acre_keys prefix = {0};
+  void *attended = ws->attended;
+  float *lse = NULL;
   if (pass->prefix) prefix = acre_timeline_keys(pass->prefix, layer, pass->prefix->count);
-  f->ops->attend(ws->queue, ws->attended, width, NULL, ws->qkv,
-                 acre_model_qkv_width(f->model), prefix.count ? &prefix : NULL, &own,
-                 f->seen, pass->rows, pass->split, &f->model->heads);
-  f->ops->matmul(ws->queue, ws->x, f->model->config.hidden, ws->attended, weights->out,
-                 NULL, pass->rows, true);
+  if (pass->tape) {
+    attended = acre_tape_attended(pass->tape, layer);
+    lse = acre_tape_lse(pass->tape, layer);
+    f->ops->round(ws->queue, acre_tape_q(pass->tape, layer), width, ws->qkv, qkv,
+                  pass->rows, width, c->dtype);
+  }
+  f->ops->attend(ws->queue, attended, width, lse, ws->qkv, qkv,
+                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows, pass->split,
+                 &f->model->heads);
+  f->ops->matmul(ws->queue, ws->x, c->hidden, attended, weights->out, NULL, pass->rows,
+                 true);
 }
 
 static void feed_forward(flow *f, const acre_layer *weights) {
@@ -194,12 +211,14 @@ void acre_forward(const acre_model *model, acre_workspace *workspace,
   embed(&f);
   for (int64_t i = 0; i < pass->layers; ++i) {
     const acre_layer *layer = &model->layers[i];
+    record(&f, i);
     project(&f, layer);
     place(&f, i);
     if (pass->keys_only && i + 1 == pass->layers) break;
     attend(&f, i, layer);
     feed_forward(&f, layer);
   }
+  if (!pass->keys_only) record(&f, pass->layers);
   pass->own->count += pass->rows;
 }
 

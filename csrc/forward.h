@@ -7,7 +7,7 @@
 #ifndef ACRE_FORWARD_H
 #define ACRE_FORWARD_H
 
-#include "timeline.h"
+#include "tape.h"
 
 /* Scratch of one owner, for up to `rows` rows at once; allocated once. */
 typedef struct acre_workspace {
@@ -46,6 +46,7 @@ typedef struct acre_pass {
   bool split;                  /* decoding: a lone row may be summed in another order */
   bool keys_only;              /* stop after the last layer's keys, values and probe */
   acre_probe probe;
+  acre_tape *tape; /* nullable; whole, of `rows` rows, and own is its timeline, empty */
 } acre_pass;
 
 void acre_forward(const acre_model *model, acre_workspace *workspace,

@@ -372,6 +372,10 @@ acre_status acre_model_ready(acre_model *model, acre_error *error) {
   return ACRE_OK;
 }
 
+bool acre_model_has_bias(const acre_model *model) {
+  return (model->layers[0].bound & BIASES) != 0;
+}
+
 bool acre_model_has_l1(const acre_model *model) {
   return (model->bound & BIT(L1_EMBEDDING)) != 0;
 }
@@ -428,18 +432,94 @@ acre_status acre_model_create(acre_model **out, acre_engine *engine,
   return ACRE_OK;
 }
 
-static void release_layer(const acre_backend_ops *ops, acre_layer *layer) {
-  acre_buffer *buffers[] = {layer->input_norm, layer->attention_norm, layer->qkv_bias,
-                            layer->l1_bias};
-  acre_matrix *matrices[] = {layer->qkv,  layer->l1_qkv, layer->out,
-                             layer->gate, layer->up,     layer->down};
-  for (int i = 0; i < ACRE_COUNT(buffers); ++i) acre_buffer_release(buffers[i]);
-  for (int i = 0; i < ACRE_COUNT(matrices); ++i) ops->matrix_release(matrices[i]);
-}
-
 acre_model *acre_model_keep(acre_model *model) {
   atomic_fetch_add(&model->references, 1);
   return model;
+}
+
+/* The layer's L1 matrix and bias: copies of the base's own for L1 tokens, or of q, k, v. */
+static acre_status fork_layer(acre_model *fork, int64_t index, float *scratch,
+                              acre_error *error) {
+  const acre_backend_ops *ops = fork->backend->ops;
+  const acre_layer *base = &fork->parent->layers[index];
+  acre_layer *layer = &fork->layers[index];
+  const acre_matrix *from = base->l1_qkv ? base->l1_qkv : base->qkv;
+  const acre_buffer *bias = base->l1_qkv ? base->l1_bias : base->qkv_bias;
+  int64_t width = acre_model_qkv_width(fork);
+  layer->bound |= L1_WEIGHTS;
+  ACRE_TRY(ops->matrix_create(fork->backend, &layer->l1_qkv, width, fork->config.hidden,
+                              fork->config.dtype, ACRE_WEIGHTS_SAME, error));
+  ops->matrix_get(fork->queue, scratch, from, 0, width);
+  ops->matrix_set(fork->queue, layer->l1_qkv, 0, scratch, width);
+  if (!bias) return ACRE_OK;
+  layer->bound |= L1_BIASES;
+  size_t bytes = (size_t)width * sizeof(float);
+  ACRE_TRY(ops->alloc(fork->backend, &layer->l1_bias, bytes, error));
+  acre_span all = {acre_buffer_data(bias), 0, 1};
+  ops->copy_rows(fork->queue, acre_buffer_data(layer->l1_bias), &all, 1, bytes);
+  return ACRE_OK;
+}
+
+static acre_status fork_parameters(acre_model *fork, acre_error *error) {
+  const acre_model_config *c = &fork->config;
+  const acre_backend_ops *ops = fork->backend->ops;
+  acre_span row = {acre_buffer_data(fork->parent->l1_embedding), 0, 1};
+  size_t bytes = (size_t)c->hidden * acre_dtype_size(c->dtype);
+  acre_buffer *scratch;
+  ACRE_TRY(ops->alloc(fork->backend, &fork->l1_embedding, bytes, error));
+  ops->copy_rows(fork->queue, acre_buffer_data(fork->l1_embedding), &row, 1, bytes);
+  ACRE_TRY(ops->alloc(fork->backend, &scratch,
+                      (size_t)(acre_model_qkv_width(fork) * c->hidden) * sizeof(float),
+                      error));
+  acre_status status = ACRE_OK;
+  for (int64_t i = 0; status == ACRE_OK && i < c->layers; ++i) {
+    status = fork_layer(fork, i, acre_buffer_data(scratch), error);
+  }
+  if (status == ACRE_OK) status = ops->sync(fork->queue, error);
+  acre_buffer_release(scratch);
+  return status;
+}
+
+acre_status acre_model_fork(acre_model **out, acre_model *base, acre_error *error) {
+  *out = NULL;
+  acre_model *fork = acre_alloc_zero(sizeof *fork);
+  if (!fork) return acre_fail(error, ACRE_NO_MEMORY, "model: out of memory");
+  int64_t layers = base->config.layers;
+  fork->references = 1;
+  fork->parent = acre_model_keep(base);
+  fork->engine = acre_engine_retain(base->engine);
+  fork->backend = base->backend;
+  fork->config = base->config, fork->heads = base->heads;
+  fork->embedding = base->embedding, fork->norm = base->norm, fork->head = base->head;
+  fork->cos = base->cos, fork->sin = base->sin;
+  fork->bound = base->bound | BIT(L1_EMBEDDING);
+  fork->ready = true;
+  acre_status status = base->backend->ops->queue_open(base->backend, &fork->queue, error);
+  fork->layers = acre_alloc_zero((size_t)layers * sizeof *fork->layers);
+  if (status == ACRE_OK && !fork->layers) {
+    status = acre_fail(error, ACRE_NO_MEMORY, "model: out of memory");
+  }
+  for (int64_t i = 0; fork->layers && i < layers; ++i) {
+    fork->layers[i] = base->layers[i];
+    fork->layers[i].l1_qkv = NULL, fork->layers[i].l1_bias = NULL;
+  }
+  if (status == ACRE_OK) status = fork_parameters(fork, error);
+  if (status != ACRE_OK) {
+    acre_model_release(fork);
+    return status;
+  }
+  *out = fork;
+  return ACRE_OK;
+}
+
+static void release_layer(const acre_backend_ops *ops, acre_layer *layer, bool fork) {
+  acre_buffer_release(layer->l1_bias);
+  ops->matrix_release(layer->l1_qkv);
+  if (fork) return;
+  acre_buffer *buffers[] = {layer->input_norm, layer->attention_norm, layer->qkv_bias};
+  acre_matrix *matrices[] = {layer->qkv, layer->out, layer->gate, layer->up, layer->down};
+  for (int i = 0; i < ACRE_COUNT(buffers); ++i) acre_buffer_release(buffers[i]);
+  for (int i = 0; i < ACRE_COUNT(matrices); ++i) ops->matrix_release(matrices[i]);
 }
 
 void acre_model_retain(acre_model *model) { acre_model_keep(model); }
@@ -448,15 +528,18 @@ void acre_model_release(acre_model *model) {
   if (!model || atomic_fetch_sub(&model->references, 1) != 1) return;
   const acre_backend_ops *ops = model->backend->ops;
   for (int64_t i = 0; model->layers && i < model->config.layers; ++i) {
-    release_layer(ops, &model->layers[i]);
+    release_layer(ops, &model->layers[i], model->parent != NULL);
   }
-  acre_buffer *buffers[] = {model->embedding, model->l1_embedding, model->norm, model->cos,
-                            model->sin};
-  for (int i = 0; i < ACRE_COUNT(buffers); ++i) acre_buffer_release(buffers[i]);
-  ops->matrix_release(model->head);
+  acre_buffer_release(model->l1_embedding);
+  acre_buffer *buffers[] = {model->embedding, model->norm, model->cos, model->sin};
+  for (int i = 0; !model->parent && i < ACRE_COUNT(buffers); ++i) {
+    acre_buffer_release(buffers[i]);
+  }
+  if (!model->parent) ops->matrix_release(model->head);
   if (model->queue) ops->queue_close(model->queue);
   acre_free(model->layers);
   acre_engine_release(model->engine);
+  acre_model_release(model->parent);
   acre_free(model);
 }
 

@@ -28,6 +28,7 @@ typedef struct acre_layer {
 
 struct acre_model {
   _Atomic int64_t references;
+  acre_model *parent; /* a fork's: owner of all but the L1 parameters; else NULL */
   acre_engine *engine;
   acre_backend *backend;
   acre_queue *queue; /* uploads while binding */
@@ -55,5 +56,12 @@ static inline size_t acre_model_row_bytes(const acre_model *model) {
 }
 
 acre_model *acre_model_keep(acre_model *model);
+
+/* A model that shares everything with `base` but the L1 parameters, which are its own and may
+ * be changed by its one owner: base's at first, or where it has none those of METHOD.md,
+ * section 2. */
+acre_status acre_model_fork(acre_model **out, acre_model *base, acre_error *error);
+/* Whether q, k and v have biases, those of L1 tokens too. */
+bool acre_model_has_bias(const acre_model *model);
 
 #endif

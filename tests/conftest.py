@@ -19,3 +19,9 @@ def text():
 @pytest.fixture(scope="session")
 def cache(model, text):
     return model.build(text, **toy.BUILD)
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """The toy with room for any training example."""
+    return toy.model(w_max=4096)

@@ -14,7 +14,8 @@ import acre
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
     acre base bf16 status platform buffer tensor pool backend engine rope model
-    timeline forward loss nested select l2 cache build score refill decode session
+    timeline tape forward loss backward nested select l2 cache build score refill decode
+    session sweep trainer
 """.split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 

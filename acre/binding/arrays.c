@@ -347,6 +347,68 @@ int ids_take(PyObject *object, const char *name, int32_t **out, int64_t *count) 
 
 /* ------------------------------------------------------------------ results */
 
+int numbers_take(PyObject *object, const char *name, int64_t count, float **out) {
+  foreign_array foreign;
+  acre_array array;
+  int result = -1;
+  if (foreign_take(&foreign, object, name, "float32 or float64 numbers") < 0) return -1;
+  if (foreign_floats(&foreign, NULL, name, &array) < 0) {
+    /* the exception is set */
+  } else if (array.ndim != 1 || array.shape[0] != count) {
+    PyErr_Format(PyExc_ValueError,
+                 "%s: got %d dimensions, %lld numbers in the first, "
+                 "expected one dimension of %lld",
+                 name, array.ndim, (long long)(array.ndim ? array.shape[0] : 1),
+                 (long long)count);
+  } else if (array.dtype != ACRE_F32 && array.dtype != ACRE_F64) {
+    PyErr_Format(PyExc_TypeError, "%s: got %s, expected f32 or f64", name,
+                 acre_dtype_name(array.dtype));
+  } else if (!(*out = PyMem_RawMalloc((size_t)(count + 1) * sizeof **out))) {
+    PyErr_NoMemory();
+  } else {
+    result = 0;
+  }
+  for (int64_t i = 0; result == 0 && i < count; ++i) {
+    int64_t at = i * array.strides[0];
+    (*out)[i] = array.dtype == ACRE_F32 ? ((const float *)array.data)[at]
+                                        : (float)((const double *)array.data)[at];
+  }
+  foreign_drop(&foreign);
+  return result;
+}
+
+/* The items of `table` as bytes; frees it. */
+static int to_flags(integers *table, int64_t count, uint8_t **out) {
+  *out = PyMem_RawMalloc((size_t)count + 1);
+  for (int64_t i = 0; *out && i < count; ++i) (*out)[i] = table->data[i] != 0;
+  PyMem_RawFree(table->data);
+  if (*out) return 0;
+  PyErr_NoMemory();
+  return -1;
+}
+
+int flags_take(PyObject *object, const char *name, int64_t count, uint8_t **out) {
+  integers table;
+  if (integers_take(object, name, 1, true, &table) < 0) return -1;
+  if (table.shape[0] == count) return to_flags(&table, count, out);
+  PyErr_Format(PyExc_ValueError, "%s: got %lld items, expected %lld", name,
+               (long long)table.shape[0], (long long)count);
+  PyMem_RawFree(table.data);
+  return -1;
+}
+
+int head_flags_take(PyObject *object, int64_t layers, int64_t heads, uint8_t **out) {
+  integers table;
+  if (integers_take(object, "heads", 2, true, &table) < 0) return -1;
+  if (table.ndim == 2 && table.shape[0] == layers && table.shape[1] == heads)
+    return to_flags(&table, layers * heads, out);
+  PyErr_Format(PyExc_ValueError, "heads: got shape [%lld, %lld], expected [%lld, %lld]",
+               (long long)table.shape[0], (long long)table.shape[1], (long long)layers,
+               (long long)heads);
+  PyMem_RawFree(table.data);
+  return -1;
+}
+
 PyObject *result_array(const char *dtype, int ndim, const int64_t *shape,
                        Py_buffer *buffer) {
   PyObject *numpy = PyImport_ImportModule("numpy");

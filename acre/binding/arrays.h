@@ -45,8 +45,15 @@ typedef struct integers {
 /* With at most max_ndim dimensions; `flags`: booleans are taken for 0 and 1. */
 int integers_take(PyObject *object, const char *name, int max_ndim, bool flags,
                   integers *out);
-/* One-dimensional: token ids. *out is freed by PyMem_RawFree. */
+/* What follows gives arrays that PyMem_RawFree frees. One-dimensional: token ids. */
 int ids_take(PyObject *object, const char *name, int32_t **out, int64_t *count);
+
+/* One-dimensional float32 or float64 of `count` numbers, as float32. */
+int numbers_take(PyObject *object, const char *name, int64_t count, float **out);
+/* One-dimensional booleans or integers of `count` items, as bytes 0 and 1. */
+int flags_take(PyObject *object, const char *name, int64_t count, uint8_t **out);
+/* The same of [layers, heads]. */
+int head_flags_take(PyObject *object, int64_t layers, int64_t heads, uint8_t **out);
 
 /* A new NumPy array of `dtype`, contiguous; `buffer` holds its writable bytes until
  * PyBuffer_Release. */

@@ -21,12 +21,12 @@
 #include "acre.h"
 
 typedef struct binding_state {
-  PyTypeObject *engine, *model, *builder, *cache, *session, *tensor;
+  PyTypeObject *engine, *model, *builder, *cache, *session, *tensor, *trainer;
   PyObject *too_long_error, *busy_error, *device_error;
 } binding_state;
 
 extern PyType_Spec engine_spec, model_spec, builder_spec, cache_spec, session_spec,
-    tensor_spec;
+    tensor_spec, trainer_spec;
 
 typedef struct engine_object {
   PyObject_HEAD acre_engine *engine;

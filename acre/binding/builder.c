@@ -40,7 +40,8 @@ static acre_builder *with_losses(const binding_state *state, acre_builder *build
   acre_error error;
   if (!losses || acre_builder_keep_losses(builder, &error) == ACRE_OK) return builder;
   acre_builder_release(builder);
-  return errors_raise(state, &error);
+  errors_raise(state, &error);
+  return NULL;
 }
 
 static acre_builder *open_builder(const binding_state *state,
@@ -68,7 +69,10 @@ static acre_builder *open_builder(const binding_state *state,
   WITHOUT_GIL(status = acre_builder_open(&builder, model, from ? NULL : &options, from,
                                          keep, ids, n, &error));
   PyMem_RawFree(ids);
-  if (status != ACRE_OK) return errors_raise(state, &error);
+  if (status != ACRE_OK) {
+    errors_raise(state, &error);
+    return NULL;
+  }
   return with_losses(state, builder, losses);
 }
 

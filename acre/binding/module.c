@@ -76,7 +76,8 @@ static int module_exec(PyObject *module) {
       add_type(module, &state->builder, &builder_spec) < 0 ||
       add_type(module, &state->cache, &cache_spec) < 0 ||
       add_type(module, &state->session, &session_spec) < 0 ||
-      add_type(module, &state->tensor, &tensor_spec) < 0)
+      add_type(module, &state->tensor, &tensor_spec) < 0 ||
+      add_type(module, &state->trainer, &trainer_spec) < 0)
     return -1;
   return PyModule_AddStringConstant(module, "__version__", ACRE_VERSION);
 }
@@ -89,6 +90,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
   Py_VISIT(state->cache);
   Py_VISIT(state->session);
   Py_VISIT(state->tensor);
+  Py_VISIT(state->trainer);
   Py_VISIT(state->too_long_error);
   Py_VISIT(state->busy_error);
   Py_VISIT(state->device_error);
@@ -103,6 +105,7 @@ static int module_clear(PyObject *module) {
   Py_CLEAR(state->cache);
   Py_CLEAR(state->session);
   Py_CLEAR(state->tensor);
+  Py_CLEAR(state->trainer);
   Py_CLEAR(state->too_long_error);
   Py_CLEAR(state->busy_error);
   Py_CLEAR(state->device_error);

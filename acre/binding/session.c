@@ -84,28 +84,6 @@ typedef struct score_arguments {
   acre_score_options options;
 } score_arguments;
 
-/* Booleans or integers [L, h] to bytes. */
-static int read_heads(const session_object *self, PyObject *object, uint8_t **out) {
-  if (!object || object == Py_None) return 0;
-  const acre_model_config *config = config_of(self);
-  integers table;
-  if (integers_take(object, "heads", 2, true, &table) < 0) return -1;
-  int64_t count = config->layers * config->heads;
-  int result = -1;
-  if (table.ndim != 2 || table.shape[0] != config->layers ||
-      table.shape[1] != config->heads)
-    PyErr_Format(PyExc_ValueError, "heads: got shape [%lld, %lld], expected [%lld, %lld]",
-                 (long long)table.shape[0], (long long)table.shape[1],
-                 (long long)config->layers, (long long)config->heads);
-  else if (!(*out = PyMem_RawMalloc((size_t)count)))
-    PyErr_NoMemory();
-  else
-    result = 0;
-  for (int64_t i = 0; result == 0 && i < count; ++i) (*out)[i] = table.data[i] != 0;
-  PyMem_RawFree(table.data);
-  return result;
-}
-
 static int read_score(const session_object *self, PyObject *args, PyObject *kwargs,
                       score_arguments *a) {
   static char *names[] = {"ids", "first", "last", "select", "rotated", "heads", NULL};
@@ -117,7 +95,8 @@ static int read_score(const session_object *self, PyObject *args, PyObject *kwar
       record_from_values(&record_score_options, &a->options, values) < 0 ||
       ids_take(ids, "ids", &a->ids, &a->t) < 0)
     return -1;
-  return read_heads(self, heads, &a->heads);
+  if (!heads || heads == Py_None) return 0;
+  return head_flags_take(heads, config_of(self)->layers, config_of(self)->heads, &a->heads);
 }
 
 static PyObject *run_score(session_object *self, score_arguments *a) {

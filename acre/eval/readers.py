@@ -71,7 +71,7 @@ def load(task: Task, data: Data = None, limit: int | None = None) -> Loaded:
         raise ValueError(f"{task.name}: is generated, see acre.eval.probes.generate")
     if data is None or isinstance(data, (str, os.PathLike)):
         source = locate(task, None if data is None else Path(data))
-        path, rows, sha = str(source), _rows(source), None
+        path, rows, sha = str(source), read_rows(source), None
     else:
         sha = hashlib.sha256()
         path, rows = "<rows>", _given(data, sha)
@@ -180,17 +180,21 @@ def _given(rows: Iterable[Any], sha: Any) -> Iterator[tuple[int, Any, str]]:
         yield line, plain, ""
 
 
-def _rows(source: Source) -> Iterator[tuple[int, Any, str]]:
-    """(1-based line or place in the list, row, what is wrong) of a file."""
+def read_rows(source: Source, start: int = 1) -> Iterator[tuple[int, Any, str]]:
+    """(1-based line or place in the list, row, what is wrong) of a file.
+
+    start: the first line wanted; those before it are passed over unparsed.
+    """
     line = 0
     with opened(source) as file:
         try:
             if str(source).endswith(".json") and _is_list(source):
-                yield from _list_rows(source, file)
+                rows = _list_rows(source, file)
+                yield from (row for row in rows if row[0] >= start)
                 return
             for line, raw in enumerate(file, 1):
                 raw = raw.removeprefix(BOM) if line == 1 else raw
-                if raw.strip():
+                if line >= start and raw.strip():
                     yield (line, *_decoded(raw))
         except BROKEN as error:
             yield line + 1, None, f"the file cannot be read on: {error}"

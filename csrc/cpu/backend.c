@@ -1,16 +1,12 @@
 /* The CPU's table of operations: the oracle for every other device.
  *
- * Matrices and attention have files of their own; here are memory, the queue, and the
- * operations on rows. Work is shared out by rows in pieces that are worth a thread's
- * attention; a row is always computed by one thread, so results do not depend on
- * threads. */
+ * Matrices, attention and learning have files of their own; here are memory, the queue,
+ * and the operations on rows, shared out as rows.h says. */
 #include "cpu.h"
 #include "matmul.h"
-
-#include <math.h>
+#include "rows.h"
 
 #define ROWS_MAX 512         /* rows of a forward pass: weights are widened once for them */
-#define GRAIN 16384          /* elements that are worth a task */
 #define COPY_GRAIN (1 << 20) /* bytes of a copy that are worth a task */
 
 /* ---------------------------------------------------------------- memory */
@@ -87,47 +83,6 @@ static acre_status queue_sync(acre_queue *queue, acre_error *error) {
   return ACRE_OK;
 }
 
-/* ---------------------------------------------------------------- sharing out rows */
-
-typedef struct rows_job rows_job;
-
-/* Does rows [first, first + count). */
-typedef void (*rows_task)(const rows_job *job, int64_t first, int64_t count);
-
-/* The arguments of any operation on rows; each uses its own. */
-struct rows_job {
-  rows_task task;
-  int64_t rows, step;
-  const acre_kernels *kernels;
-  const acre_typed *T; /* of dtype */
-  void *y, *raw, *values;
-  const void *x, *table, *other;
-  const int32_t *index;
-  const float *gain, *cos, *sin;
-  double eps;
-  int64_t width, y_stride, x_stride, position, vocab, heads, head_dim;
-  size_t bytes;
-  acre_dtype dtype;
-};
-
-static void run_some_rows(void *context, int64_t index, int32_t worker) {
-  (void)worker;
-  const rows_job *job = context;
-  int64_t first = index * job->step;
-  job->task(job, first, acre_min(job->step, job->rows - first));
-}
-
-/* `row_cost`: elements of a row. */
-static void run_rows(acre_queue *queue, rows_job *job, int64_t row_cost) {
-  if (job->rows <= 0) return;
-  job->kernels = queue->kernels;
-  job->T = &queue->kernels->of[job->dtype];
-  int64_t threads = acre_pool_threads(queue->pool);
-  int64_t even = acre_ceil_div(job->rows, 4 * threads);
-  job->step = acre_max(even, acre_ceil_div(GRAIN, acre_max(row_cost, 1)));
-  acre_pool_run(queue->pool, run_some_rows, job, acre_ceil_div(job->rows, job->step));
-}
-
 /* ---------------------------------------------------------------- bytes */
 
 static void copy_part(const rows_job *job, int64_t first, int64_t count) {
@@ -138,7 +93,7 @@ static void copy_bytes(acre_queue *queue, void *dst, const void *src, size_t byt
   if (!bytes) return;
   rows_job job = {
       .task = copy_part, .rows = (int64_t)bytes, .step = COPY_GRAIN, .y = dst, .x = src};
-  acre_pool_run(queue->pool, run_some_rows, &job, acre_ceil_div(job.rows, job.step));
+  acre_cpu_run_steps(queue, &job);
 }
 
 static void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
@@ -169,7 +124,7 @@ static void copy_rows(acre_queue *queue, void *dst, const acre_span *spans, int6
   }
   rows_job job = {
       .task = copy_some_spans, .rows = count, .y = dst, .x = spans, .bytes = row_bytes};
-  run_rows(queue, &job, count ? spans[0].rows * (int64_t)row_bytes / 4 : 0);
+  acre_cpu_run_rows(queue, &job, count ? spans[0].rows * (int64_t)row_bytes / 4 : 0);
 }
 
 /* -------------------------------------------------------------- rows of activations */
@@ -197,7 +152,7 @@ static void embed(acre_queue *queue, float *x, const int32_t *ids, const void *t
                   .vocab = vocab,
                   .width = width,
                   .dtype = dtype};
-  run_rows(queue, &job, width);
+  acre_cpu_run_rows(queue, &job, width);
 }
 
 static void rmsnorm_some(const rows_job *job, int64_t first, int64_t count) {
@@ -218,36 +173,7 @@ static void rmsnorm(acre_queue *queue, void *y, const float *x, const float *gai
                   .eps = eps,
                   .width = width,
                   .dtype = dtype};
-  run_rows(queue, &job, width);
-}
-
-/* Four sums side by side, or each addition would wait for the one before. */
-static float row_loss(const float *logits, int64_t vocab, int64_t target) {
-  float highest = logits[0];
-  for (int64_t c = 1; c < vocab; c++) highest = fmaxf(highest, logits[c]);
-  double sum[4] = {0};
-  for (int64_t c = 0; c < vocab; c++) sum[c % 4] += (double)expf(logits[c] - highest);
-  double total = log((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return (float)(total + (double)highest - (double)logits[target]);
-}
-
-static void cross_entropy_some(const rows_job *job, int64_t first, int64_t count) {
-  for (int64_t i = first; i < first + count; i++) {
-    int64_t target = job->index[i];
-    const float *logits = (const float *)job->x + i * job->vocab;
-    ((float *)job->y)[i] = target < 0 ? 0.0f : row_loss(logits, job->vocab, target);
-  }
-}
-
-static void cross_entropy(acre_queue *queue, float *out, const float *logits,
-                          const int32_t *target, int64_t rows, int64_t vocab) {
-  rows_job job = {.task = cross_entropy_some,
-                  .rows = rows,
-                  .y = out,
-                  .x = logits,
-                  .index = target,
-                  .vocab = vocab};
-  run_rows(queue, &job, vocab);
+  acre_cpu_run_rows(queue, &job, width);
 }
 
 static void gather_some(const rows_job *job, int64_t first, int64_t count) {
@@ -270,7 +196,7 @@ static void gather_rows(acre_queue *queue, void *y, const void *x, const int32_t
                   .x = x,
                   .index = index,
                   .bytes = row_bytes};
-  run_rows(queue, &job, (int64_t)row_bytes / 4);
+  acre_cpu_run_rows(queue, &job, (int64_t)row_bytes / 4);
 }
 
 static void scatter_rows(acre_queue *queue, void *y, const void *x, const int32_t *index,
@@ -281,7 +207,7 @@ static void scatter_rows(acre_queue *queue, void *y, const void *x, const int32_
                   .x = x,
                   .index = index,
                   .bytes = row_bytes};
-  run_rows(queue, &job, (int64_t)row_bytes / 4);
+  acre_cpu_run_rows(queue, &job, (int64_t)row_bytes / 4);
 }
 
 /* --------------------------------------------------------------- rotation, timeline */
@@ -309,7 +235,7 @@ static void rope(acre_queue *queue, float *x, int64_t x_stride, const float *cos
                   .position = position,
                   .heads = heads,
                   .head_dim = head_dim};
-  run_rows(queue, &job, heads * head_dim);
+  acre_cpu_run_rows(queue, &job, heads * head_dim);
 }
 
 static void store_kv_some(const rows_job *job, int64_t first, int64_t count) {
@@ -351,7 +277,7 @@ static void store_kv(acre_queue *queue, void *raw, void *rotated, void *values,
                   .heads = heads->kv_heads,
                   .head_dim = heads->head_dim,
                   .dtype = heads->dtype};
-  run_rows(queue, &job, 2 * heads->kv_heads * heads->head_dim);
+  acre_cpu_run_rows(queue, &job, 2 * heads->kv_heads * heads->head_dim);
 }
 
 static void rotate_some(const rows_job *job, int64_t first, int64_t count) {
@@ -382,7 +308,7 @@ static void rotate(acre_queue *queue, void *rotated, const void *raw, const floa
                   .heads = heads->kv_heads,
                   .head_dim = heads->head_dim,
                   .dtype = heads->dtype};
-  run_rows(queue, &job, heads->kv_heads * heads->head_dim);
+  acre_cpu_run_rows(queue, &job, heads->kv_heads * heads->head_dim);
 }
 
 /* ---------------------------------------------------------------- pooling */
@@ -417,7 +343,7 @@ static void pool_rows(acre_queue *queue, void *dst, const void *const *sources,
                   .x_stride = l,
                   .width = width,
                   .dtype = dtype};
-  run_rows(queue, &job, l * width);
+  acre_cpu_run_rows(queue, &job, l * width);
 }
 
 /* ---------------------------------------------------------------- table */
@@ -445,7 +371,7 @@ static const acre_backend_ops cpu_ops = {
     .embed = embed,
     .rmsnorm = rmsnorm,
     .matmul = acre_cpu_matmul,
-    .cross_entropy = cross_entropy,
+    .cross_entropy = acre_cpu_cross_entropy,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,
     .swiglu = acre_cpu_swiglu,
@@ -456,6 +382,20 @@ static const acre_backend_ops cpu_ops = {
     .pool = pool_rows,
     .attend = acre_cpu_attend,
     .score = acre_cpu_score,
+    .attend_back = acre_cpu_attend_back,
+    .matrix_get = acre_cpu_matrix_get,
+    .matrix_set = acre_cpu_matrix_set,
+    .matrix_transpose = acre_cpu_matrix_transpose,
+    .clear = acre_cpu_clear,
+    .round = acre_cpu_round,
+    .add_rows = acre_cpu_add_rows,
+    .rmsnorm_back = acre_cpu_rmsnorm_back,
+    .swiglu_back = acre_cpu_swiglu_back,
+    .cross_entropy_back = acre_cpu_cross_entropy_back,
+    .matmul_back = acre_cpu_matmul_back,
+    .score_back = acre_cpu_score_back,
+    .sum_squares = acre_cpu_sum_squares,
+    .adamw = acre_cpu_adamw,
 };
 
 /* The features that a name allows, or a refusal. */

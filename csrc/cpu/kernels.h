@@ -87,6 +87,14 @@ struct acre_typed {
                   float *origin, float *sum, float *factor);
 };
 
+/* A step of AdamW: rest = 1 - beta, rate = lr / (1 - beta1^step), unbias = 1 / (1 -
+ * beta2^step), decay = lr * weight_decay; scale is the gradient's. */
+typedef struct acre_adamw_factors {
+  float scale, beta1, rest1, beta2, rest2, rate, unbias, eps, decay;
+} acre_adamw_factors;
+
+#define ACRE_SUM_BLOCK 64 /* numbers that sum_exp adds up in float32 */
+
 typedef struct acre_kernels {
   const char *isa;
   acre_typed of[2]; /* by acre_dtype: ACRE_F32, ACRE_BF16 */
@@ -102,11 +110,43 @@ typedef struct acre_kernels {
   void (*add_exp2)(float *total, const float *s, int64_t n, float scale, float origin,
                    float weight);
 
+  /* The sum of x[i] * y[i], in a tree. */
+  float (*dot)(const float *x, const float *y, int64_t n);
+  /* Through the softmax of `rows` rows of n <= 64 logits, in powers of two, whose sum is
+   * known: p_j = exp2(min(x_j - lse, 1)) with x_j as in softmax, and ds_j = (p_j * factor) *
+   * (dp_j - delta); both 0 for j in [n, 64). x_j exceeds lse by rounding alone. s [rows][64]
+   * becomes p, dp [rows][64] ds; lse and delta [rows]. */
+  void (*softmax_back)(float *s, float *dp, const float *bias, int64_t rows, int64_t n,
+                       float scale, float factor, const float *lse, const float *delta);
+
   /* y = gate / (1 + exp(-gate)) * up. y may be gate. */
   void (*swiglu)(float *y, const float *gate, const float *up, int64_t n);
   /* y[i] = fma(-b, sin, a cos), y[i + half] = fma(b, cos, a sin) with a = x[i],
    * b = x[i + half]. y may be x. */
   void (*rope)(float *y, const float *x, const float *cos, const float *sin, int64_t half);
+
+  /* The highest of n > 0 numbers; a NaN is passed over. */
+  float (*highest)(const float *x, int64_t n);
+  /* The sum of exp(x[i] - origin): 64 at a time in a tree, those sums in order in
+   * float64. x <= origin. */
+  double (*sum_exp)(const float *x, int64_t n, float origin);
+  /* y = exp(x - origin) * factor. */
+  void (*exp_scaled)(float *y, const float *x, int64_t n, float origin, float factor);
+
+  /* dx = dx + fma(x, inner, (dy * gain) * factor): factor that of rmsnorm, and inner =
+   * -factor^3 * sum / n in float64, left to right, where sum is of fma(dy * gain, x) in a
+   * tree. */
+  void (*rmsnorm_back)(float *dx, const float *dy, const float *x, const float *gain,
+                       double eps, int64_t n);
+  /* With e = exp(-gate) and s = 1 / (1 + e): dup = dy * (gate * s), and
+   * dgate = (dy * up) * (s * fma(gate, e * s, 1)). */
+  void (*swiglu_back)(float *dgate, float *dup, const float *gate, const float *up,
+                      const float *dy, int64_t n);
+  /* g = gradient * scale; first = fma(first, beta1, g * rest1);
+   * second = fma(second, beta2, (g * rest2) * g);
+   * w = w - fma(w, decay, (first * rate) / (sqrt(second * unbias) + eps)). */
+  void (*adamw)(float *w, float *first, float *second, const float *gradient, int64_t n,
+                const acre_adamw_factors *by);
 } acre_kernels;
 
 /* The table for these features: fills with the reference, then climbs the ladder. Of q8 a
@@ -156,6 +196,12 @@ void acre_thin_unpacked(const acre_typed *self, float *c, int64_t c_stride, cons
 #define ACRE_EXP2_C3 0x1.3b320ap-7f
 #define ACRE_EXP2_C4 0x1.5f0b86p-10f
 #define ACRE_EXP2_C5 0x1.3eb2ap-13f
+
+/* What rmsnorm_back calls inner. */
+static inline float acre_norm_inner(float factor, float sum, int64_t n) {
+  double r = (double)factor;
+  return (float)(-r * r * r * (double)sum / (double)n);
+}
 
 float acre_exp(float x); /* the scalar references */
 float acre_exp2(float x, float origin);

@@ -291,13 +291,29 @@ static void add_exp2(float *total, const float *s, int64_t n, float scale, float
     total[j] = fmaf(acre_exp2(s[j] * scale, origin), weight, total[j]);
 }
 
+static float dot(const float *x, const float *y, int64_t n) {
+  float lanes[ACRE_PANEL] = {0};
+  for (int64_t i = 0; i < n; i++)
+    lanes[i % ACRE_PANEL] = fmaf(x[i], y[i], lanes[i % ACRE_PANEL]);
+  return tree(lanes);
+}
+
+static void softmax_back(float *s, float *dp, const float *bias, int64_t rows, int64_t n,
+                         float scale, float factor, const float *lse, const float *delta) {
+  for (int64_t r = 0; r < rows; r++, s += ACRE_KEY_TILE, dp += ACRE_KEY_TILE) {
+    for (int64_t j = 0; j < n; j++) {
+      float x = fmaf(s[j], scale, bias ? bias[j] * ACRE_LOG2E : 0.0f) - lse[r];
+      s[j] = acre_exp2(x > 1.0f ? 1.0f : x, 0.0f);
+      dp[j] = s[j] * factor * (dp[j] - delta[r]);
+    }
+    for (int64_t j = n; j < ACRE_KEY_TILE; j++) s[j] = dp[j] = 0.0f;
+  }
+}
+
 /* -------------------------------------------------------------- rows of activations */
 
 static float norm_factor(const float *x, double eps, int64_t n) {
-  float lanes[ACRE_PANEL] = {0};
-  for (int64_t i = 0; i < n; i++)
-    lanes[i % ACRE_PANEL] = fmaf(x[i], x[i], lanes[i % ACRE_PANEL]);
-  return (float)(1.0 / sqrt((double)tree(lanes) / (double)n + eps));
+  return (float)(1.0 / sqrt((double)dot(x, x, n) / (double)n + eps));
 }
 
 static void rmsnorm_f32(void *y, const float *x, const float *gain, double eps, int64_t n) {
@@ -322,6 +338,58 @@ static void rope(float *y, const float *x, const float *cos, const float *sin,
     float a = x[i], b = x[i + half];
     y[i] = fmaf(-b, sin[i], a * cos[i]);
     y[i + half] = fmaf(b, cos[i], a * sin[i]);
+  }
+}
+
+/* ---------------------------------------------------------------- learning */
+
+static float highest(const float *x, int64_t n) {
+  float most = -INFINITY;
+  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+static double sum_exp(const float *x, int64_t n, float origin) {
+  double sum = 0.0;
+  for (int64_t first = 0; first < n; first += ACRE_SUM_BLOCK) {
+    float lanes[ACRE_PANEL] = {0};
+    for (int64_t i = first; i < acre_min(n, first + ACRE_SUM_BLOCK); i++)
+      lanes[i % ACRE_PANEL] += acre_exp(x[i] - origin);
+    sum += (double)tree(lanes);
+  }
+  return sum;
+}
+
+static void exp_scaled(float *y, const float *x, int64_t n, float origin, float factor) {
+  for (int64_t i = 0; i < n; i++) y[i] = acre_exp(x[i] - origin) * factor;
+}
+
+static void rmsnorm_back(float *dx, const float *dy, const float *x, const float *gain,
+                         double eps, int64_t n) {
+  float factor = norm_factor(x, eps, n), lanes[ACRE_PANEL] = {0};
+  for (int64_t i = 0; i < n; i++)
+    lanes[i % ACRE_PANEL] = fmaf(dy[i] * gain[i], x[i], lanes[i % ACRE_PANEL]);
+  float inner = acre_norm_inner(factor, tree(lanes), n);
+  for (int64_t i = 0; i < n; i++) dx[i] += fmaf(x[i], inner, dy[i] * gain[i] * factor);
+}
+
+static void swiglu_back(float *dgate, float *dup, const float *gate, const float *up,
+                        const float *dy, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    float e = acre_exp(-gate[i]), s = 1.0f / (1.0f + e);
+    dup[i] = dy[i] * (gate[i] * s);
+    dgate[i] = dy[i] * up[i] * (s * fmaf(gate[i], e * s, 1.0f));
+  }
+}
+
+static void adamw(float *w, float *first, float *second, const float *gradient, int64_t n,
+                  const acre_adamw_factors *by) {
+  for (int64_t i = 0; i < n; i++) {
+    float g = gradient[i] * by->scale;
+    first[i] = fmaf(first[i], by->beta1, g * by->rest1);
+    second[i] = fmaf(second[i], by->beta2, g * by->rest2 * g);
+    float step = first[i] * by->rate / (sqrtf(second[i] * by->unbias) + by->eps);
+    w[i] -= fmaf(w[i], by->decay, step);
   }
 }
 
@@ -366,8 +434,16 @@ void acre_kernels_scalar(acre_kernels *table) {
       .scale = scale_by,
       .add_scaled = add_scaled,
       .add_exp2 = add_exp2,
+      .dot = dot,
+      .softmax_back = softmax_back,
       .swiglu = swiglu,
       .rope = rope,
+      .highest = highest,
+      .sum_exp = sum_exp,
+      .exp_scaled = exp_scaled,
+      .rmsnorm_back = rmsnorm_back,
+      .swiglu_back = swiglu_back,
+      .adamw = adamw,
   };
   table->q8.unpack = unpack_q8;
   table->q8.thin = acre_thin_unpacked;

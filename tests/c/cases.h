@@ -17,13 +17,14 @@
 #include <string.h>
 
 typedef enum op_kind {
-  OP_MATMUL, /* y [rows, N] = x [rows, K] W^T */
-  OP_SWIGLU, /* y [rows, N], two matrices [N, K] */
-  OP_ATTEND, /* rows of h heads over N earlier keys and themselves */
-  OP_SCORE,  /* rows of h heads over N entries */
-  OP_ROTATE, /* rows of g keys */
-  OP_COPY,   /* rows of g keys, in spans of 16 */
-  OP_NORM,   /* rows of width K */
+  OP_MATMUL,      /* y [rows, N] = x [rows, K] W^T */
+  OP_SWIGLU,      /* y [rows, N], two matrices [N, K] */
+  OP_ATTEND,      /* rows of h heads over N earlier keys and themselves */
+  OP_SCORE,       /* rows of h heads over N entries */
+  OP_ATTEND_BACK, /* the gradients of OP_ATTEND */
+  OP_ROTATE,      /* rows of g keys */
+  OP_COPY,        /* rows of g keys, in spans of 16 */
+  OP_NORM,        /* rows of width K */
 } op_kind;
 
 typedef struct op_case {
@@ -63,6 +64,8 @@ static const struct {
     {SMOL(OP_ATTEND, 1, 131072), true}, /* beyond the caches */
     {QWEN(OP_ATTEND, 1, 32768), true},
     {SMOL(OP_SCORE, 24, 4096), true},
+    {SMOL(OP_ATTEND, 1088, 1024), true}, /* a training example with half of it compressed */
+    {SMOL(OP_ATTEND_BACK, 1088, 1024), true},
     {SMOL(OP_ROTATE, 65536, 0), false},
     {SMOL(OP_COPY, 65536, 0), false},
     {PRODUCT(OP_NORM, 512, 576, 0), false},
@@ -83,6 +86,10 @@ static inline void case_name(char *to, size_t size, const op_case *c) {
     case OP_ATTEND:
       snprintf(to, size, "attend %s %lld rows, %lld keys, d %lld", type, rows, N + rows, d);
       break;
+    case OP_ATTEND_BACK:
+      snprintf(to, size, "attend_back %s %lld rows, %lld keys, d %lld", type, rows,
+               N + rows, d);
+      break;
     case OP_SCORE: snprintf(to, size, "score %s %lld rows, m %lld", type, rows, N); break;
     case OP_ROTATE: snprintf(to, size, "rotate %s %lld rows", type, rows); break;
     case OP_COPY: snprintf(to, size, "copy %s %lld rows", type, rows); break;
@@ -97,6 +104,7 @@ static inline double case_flops(const op_case *c) {
     case OP_MATMUL: return 2 * rows * K * N;
     case OP_SWIGLU: return 4 * rows * K * N;
     case OP_ATTEND: return 4 * rows * (N + (rows + 1) / 2) * head;
+    case OP_ATTEND_BACK: return 10 * rows * (N + (rows + 1) / 2) * head;
     case OP_SCORE: return 4 * rows * N * head; /* in two passes */
     default: return 0;
   }
@@ -112,6 +120,9 @@ static inline double case_bytes(const op_case *c) {
     case OP_MATMUL: return K * N * size;
     case OP_SWIGLU: return 2 * K * N * size;
     case OP_ATTEND: return 2 * (N + rows) * width;
+    case OP_ATTEND_BACK:
+      return (N + rows) * (2 * width + 8 * (double)case_width(c)) +
+             rows * (double)(c->heads * c->head_dim) * (2 * size + 8);
     case OP_SCORE: return N * width;
     case OP_NORM: return rows * K * (size + 4);
     default: return 2 * rows * width;
@@ -129,6 +140,8 @@ typedef struct op_work {
   void *typed_x;       /* x of T, where the operation takes that */
   void *keys, *values; /* [N + rows, g, d] of T */
   void *out;
+  float *dout, *lse; /* of attended [rows, h, d] of T */
+  void *attended;
   acre_span *spans;
   int64_t span_count;
   uint8_t *use;
@@ -211,6 +224,52 @@ static inline void case_open_keys(op_work *work) {
   work->out = case_memory((size_t)out * sizeof(float));
 }
 
+static inline acre_heads case_heads(const op_case *c) {
+  return (acre_heads){c->heads, c->kv_heads, c->head_dim, c->dtype};
+}
+
+/* Rows [first, first + count) of the keys. */
+static inline acre_keys case_keys(const op_work *work, int64_t first, int64_t count) {
+  size_t at = (size_t)(first * case_width(&work->c)) * acre_dtype_size(work->c.dtype);
+  return (acre_keys){(char *)work->keys + at, (char *)work->values + at, NULL, count};
+}
+
+static inline void case_attend(op_work *work, void *out, float *lse) {
+  const op_case *c = &work->c;
+  acre_heads heads = case_heads(c);
+  int64_t stride = c->heads * c->head_dim;
+  acre_keys prefix = case_keys(work, 0, c->N), own = case_keys(work, c->N, c->rows);
+  work->backend->ops->attend(work->queue, out, stride, lse, work->x, stride,
+                             c->N ? &prefix : NULL, &own, 0, c->rows, true, &heads);
+}
+
+/* out holds dqkv, dk, dv and the scratch, one after the other. */
+static inline void case_open_back(op_work *work) {
+  const op_case *c = &work->c;
+  case_open_keys(work);
+  int64_t n = c->rows * c->heads * c->head_dim, width = case_width(c);
+  work->typed_x = case_typed(work->x, n, c->dtype);
+  work->dout = case_floats(work, n, 1);
+  work->lse = case_memory((size_t)(c->rows * c->heads) * sizeof(float));
+  work->attended = case_memory((size_t)n * acre_dtype_size(c->dtype));
+  case_attend(work, work->attended, work->lse);
+  acre_free(work->out);
+  int64_t out = ACRE_ATTEND_PARTS * n + 2 * (c->rows + c->N) * width;
+  work->out = case_memory((size_t)out * sizeof(float));
+}
+
+static inline void case_attend_back(op_work *work) {
+  const op_case *c = &work->c;
+  acre_heads heads = case_heads(c);
+  acre_keys prefix = case_keys(work, 0, c->N), own = case_keys(work, c->N, c->rows);
+  float *dqkv = work->out;
+  float *dk = dqkv + c->rows * (c->heads + 2 * c->kv_heads) * c->head_dim;
+  float *dv = dk + c->N * case_width(c);
+  work->backend->ops->attend_back(work->queue, dqkv, dk, dv, dv + c->N * case_width(c),
+                                  work->dout, work->attended, work->lse, work->typed_x,
+                                  c->N ? &prefix : NULL, &own, c->rows, &heads);
+}
+
 /* Rows to be moved or rotated; cos and sin lie in x. */
 static inline void case_open_rows(op_work *work) {
   const op_case *c = &work->c;
@@ -238,6 +297,7 @@ static inline op_work case_open(const op_case *c, acre_backend *backend,
     case OP_SWIGLU: case_open_products(&work); break;
     case OP_ATTEND:
     case OP_SCORE: case_open_keys(&work); break;
+    case OP_ATTEND_BACK: case_open_back(&work); break;
     case OP_ROTATE:
     case OP_COPY: case_open_rows(&work); break;
     case OP_NORM:
@@ -251,8 +311,9 @@ static inline op_work case_open(const op_case *c, acre_backend *backend,
 static inline void case_close(op_work *work) {
   if (work->W) work->backend->ops->matrix_release(work->W);
   if (work->up) work->backend->ops->matrix_release(work->up);
-  void *memory[] = {work->w,      work->w_up, work->x,     work->typed_x, work->keys,
-                    work->values, work->out,  work->spans, work->use};
+  void *memory[] = {work->w,    work->w_up,   work->x,   work->typed_x,
+                    work->keys, work->values, work->out, work->spans,
+                    work->use,  work->dout,   work->lse, work->attended};
   for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) acre_free(memory[i]);
 }
 
@@ -260,12 +321,7 @@ static inline void case_run(void *context) {
   op_work *work = context;
   const op_case *c = &work->c;
   const acre_backend_ops *ops = work->backend->ops;
-  acre_heads heads = {c->heads, c->kv_heads, c->head_dim, c->dtype};
-  int64_t stride = c->heads * c->head_dim;
-  size_t offset = (size_t)(c->N * case_width(c)) * acre_dtype_size(c->dtype);
-  acre_keys prefix = {work->keys, work->values, NULL, c->N};
-  acre_keys own = {(char *)work->keys + offset, (char *)work->values + offset, NULL,
-                   c->rows};
+  acre_heads heads = case_heads(c);
   switch (c->kind) {
     case OP_MATMUL:
       ops->matmul(work->queue, work->out, c->N, work->typed_x, work->W, NULL, c->rows,
@@ -274,14 +330,12 @@ static inline void case_run(void *context) {
     case OP_SWIGLU:
       ops->swiglu(work->queue, work->out, work->typed_x, work->W, work->up, c->rows);
       break;
-    case OP_ATTEND:
-      ops->attend(work->queue, work->out, stride, NULL, work->x, stride,
-                  c->N ? &prefix : NULL, &own, 0, c->rows, true, &heads);
-      break;
+    case OP_ATTEND: case_attend(work, work->out, NULL); break;
+    case OP_ATTEND_BACK: case_attend_back(work); break;
     case OP_SCORE:
       memset(work->out, 0, (size_t)c->N * sizeof(float));
-      ops->score(work->queue, work->out, work->x, stride, work->keys, work->use, c->rows,
-                 c->N, &heads);
+      ops->score(work->queue, work->out, work->x, c->heads * c->head_dim, work->keys,
+                 work->use, c->rows, c->N, &heads);
       break;
     case OP_ROTATE:
       ops->rotate(work->queue, work->out, work->keys, work->x,
@@ -374,6 +428,56 @@ static inline bool check_attend(const op_work *work) {
   return right;
 }
 
+/* The weight of key j for a row and head, and the derivative of its logit. */
+static inline double case_weight(const op_work *work, int64_t row, int64_t head, int64_t j,
+                                 double *ds) {
+  const op_case *c = &work->c;
+  int64_t d = c->head_dim, item = row * c->heads + head;
+  int64_t key = j * c->kv_heads + head / (c->heads / c->kv_heads);
+  double gap = 0.0, p = exp2(case_logit(work, row, head, j) - work->lse[item]);
+  for (int64_t x = 0; x < d; x++)
+    gap += case_as(work->dout[item * d + x], c->dtype) *
+           (case_number(work->values, key * d + x, c->dtype) -
+            case_number(work->attended, item * d + x, c->dtype));
+  *ds = p * gap / sqrt((double)d);
+  return p;
+}
+
+/* A sum whose terms are each off by a step of T, mostly less. */
+static inline bool case_near(const op_work *work, float got, double sum, double size) {
+  return fabs(got - sum) <= (2 * case_unit(work->c.dtype) + 1e-4) * size + 1e-6;
+}
+
+/* Of key N + j and its first KV head: dk, dv; of row j and head 0: dq. In column x. */
+static inline bool check_gradients(const op_work *work, int64_t j, int64_t x) {
+  const op_case *c = &work->c;
+  int64_t d = c->head_dim, h = c->heads, group = h / c->kv_heads;
+  const float *got = (float *)work->out + j * (h + 2 * c->kv_heads) * d + x;
+  double ds, sum[3] = {0}, size[3] = {1e-30, 1e-30, 1e-30};
+  for (int64_t item = j * group; item < c->rows * group; item++) {
+    int64_t at = (item / group * h + item % group) * d + x;
+    double p = case_weight(work, item / group, item % group, c->N + j, &ds);
+    double k = ds * case_number(work->typed_x, at, c->dtype);
+    double v = p * case_as(work->dout[at], c->dtype);
+    sum[1] += k, size[1] += fabs(k), sum[2] += v, size[2] += fabs(v);
+  }
+  for (int64_t key = 0; key <= c->N + j; key++) {
+    case_weight(work, j, 0, key, &ds);
+    double q = ds * case_number(work->keys, key * case_width(c) + x, c->dtype);
+    sum[0] += q, size[0] += fabs(q);
+  }
+  return case_near(work, got[0], sum[0], size[0]) &&
+         case_near(work, got[h * d], sum[1], size[1]) &&
+         case_near(work, got[(h + c->kv_heads) * d], sum[2], size[2]);
+}
+
+static inline bool check_attend_back(const op_work *work) {
+  bool right = true;
+  for (int64_t j = 0; j < work->c.rows; j += acre_max(1, work->c.rows / 5))
+    right &= check_gradients(work, j, j % work->c.head_dim);
+  return right;
+}
+
 static inline bool check_score(const op_work *work) {
   const op_case *c = &work->c;
   double *scores = case_memory((size_t)c->N * sizeof *scores);
@@ -438,6 +542,7 @@ static inline bool case_check(op_work *work) {
     case OP_MATMUL:
     case OP_SWIGLU: return check_products(work);
     case OP_ATTEND: return check_attend(work);
+    case OP_ATTEND_BACK: return check_attend_back(work);
     case OP_SCORE: return check_score(work);
     case OP_ROTATE: return check_rotate(work);
     case OP_COPY: return check_copy(work);

@@ -245,6 +245,14 @@ static void test_layouts(void) {
 
 /* ---------------------------------------------------------------- vectors */
 
+static void call_adamw(const acre_kernels *t, float *y, int64_t n, float *const x[4]) {
+  acre_adamw_factors by = {0.5f, 0.9f, 0.1f, 0.95f, 0.05f, 0.01f, 1.5f, 1e-8f, 0.001f};
+  memcpy(y, x[0], (size_t)n * 4);
+  memcpy(y + n, x[1], (size_t)n * 4);
+  for (int64_t i = 0; i < n; i++) y[2 * n + i] = fabsf(x[2][i]);
+  t->adamw(y, y + n, y + 2 * n, x[3], n, &by);
+}
+
 /* Kernels on rows of n numbers. */
 static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
                         float *const x[4]) {
@@ -261,11 +269,27 @@ static void call_kernel(const acre_kernels *t, int which, float *y, int64_t n,
     case 8: t->swiglu(y, x[2], x[1], n); break;
     case 9: t->rope(y, x[0], x[1], x[3], n); break;
     case 10: bf16->rmsnorm(y, x[0], x[1], 1e-5, n); break;
+<<<<<<< HEAD
+    case 11: t->exp_scaled(y, x[2], n, t->highest(x[2], n), 0.3f); break;
+    case 12:
+      memcpy(y, x[3], (size_t)n * 4), t->rmsnorm_back(y, x[0], x[1], x[2], 1e-5, n);
+      break;
+    case 13: t->swiglu_back(y, y + n, x[2], x[1], x[0], n); break;
+    case 14: call_adamw(t, y, n, x); break;
+=======
+    case 11: y[0] = t->dot(x[0], x[1], n); break;
+>>>>>>> h-attn
   }
 }
 
 static int64_t written(int which, int64_t n) {
+<<<<<<< HEAD
+  if (which == 9 || which == 13) return 2 * n;
+  if (which == 14) return 3 * n;
+=======
   if (which == 9) return 2 * n;
+  if (which == 11) return 1;
+>>>>>>> h-attn
   return which == 0 || which == 10 ? acre_ceil_div(n, 2) : n;
 }
 
@@ -303,12 +327,19 @@ static bool reference(int which, int64_t n, int64_t i, float *const x[4], double
         *error = 2 * EPS * (fabs(a * x[1][i - n]) + fabs(b * x[3][i - n]));
       }
       return true;
+    case 11:
+      for (int64_t c = 0; c < n; c++) sum += fabs((double)x[0][c] * x[1][c]);
+      *error = EPS * ((double)n / 16 + 5) * sum, *result = 0.0;
+      for (int64_t c = 0; c < n; c++) *result += (double)x[0][c] * x[1][c];
+      return true;
   }
   return false;
 }
 
+/* The kernels of training, from 11 on, are compared in test_learn.c. */
 static bool within_bound(int which, int64_t n, const float *y, float *const x[4]) {
   double result, error;
+  if (which > 10) return true;
   for (int64_t i = 0; i < written(which, n); i++)
     if (reference(which, n, i, x, &result, &error) && !(fabs(y[i] - result) <= error))
       return false;
@@ -331,7 +362,11 @@ static void test_vectors(void) {
                    random_floats(83)};
     for (int i = 0; i < 83; i++) x[2][i] *= 100.0f;
     test_norm_rounds(n, x);
-    for (int which = 0; which <= 10; which++) {
+<<<<<<< HEAD
+    for (int which = 0; which <= 14; which++) {
+=======
+    for (int which = 0; which <= 11; which++) {
+>>>>>>> h-attn
       int64_t size = written(which, n);
       float *first = poisoned(size);
       call_kernel(&tables[0], which, first, n, x);
@@ -436,6 +471,81 @@ static void test_softmax_edges(void) {
   }
 }
 
+<<<<<<< HEAD
+/* Any length; a NaN shows in the sum, -infinity adds nothing to it. */
+static void test_sum_exp(void) {
+  for (int64_t n = 1; n <= 200; n += n < 70 ? 1 : 13) {
+    float *x = random_floats(n), most = -INFINITY;
+    double exact = 0.0, first = tables[0].sum_exp(x, n, 1.0f);
+    for (int64_t i = 0; i < n; i++) most = fmaxf(most, x[i]), exact += exp(x[i] - 1.0);
+    CHECK(fabs(first - exact) <= 12 * EPS * exact);
+    for (int i = 0; i < table_count; i++) {
+      CHECK(tables[i].highest(x, n) == most && tables[i].sum_exp(x, n, 1.0f) == first);
+      float kept = x[n / 2];
+      x[n / 2] = NAN;
+      CHECK(isnan(tables[i].sum_exp(x, n, 1.0f)));
+      CHECK(n == 1 || tables[i].highest(x, n) > -1.0f);
+      x[n / 2] = -INFINITY;
+      CHECK(n == 1 || tables[i].sum_exp(x, n, 1.0f) < first);
+      x[n / 2] = kept;
+    }
+    guarded_free(x);
+  }
+=======
+enum { BACK_ROWS = 3 };
+
+/* Each row's p and ds, side by side. */
+typedef struct softmax_gradient {
+  float p[BACK_ROWS][ACRE_KEY_TILE], ds[BACK_ROWS][ACRE_KEY_TILE];
+} softmax_gradient;
+
+/* What lies beyond n must not matter: NaN. */
+static softmax_gradient run_softmax_back(const acre_kernels *t, const float *s,
+                                         const float *dp, const float *bias, int64_t n,
+                                         const float *lse, const float *delta) {
+  softmax_gradient y;
+  memcpy(y.p, s, sizeof y.p), memcpy(y.ds, dp, sizeof y.ds);
+  for (int r = 0; r < BACK_ROWS; r++)
+    for (int64_t j = n; j < ACRE_KEY_TILE; j++) y.p[r][j] = y.ds[r][j] = NAN;
+  t->softmax_back(y.p[0], y.ds[0], bias, BACK_ROWS, n, 3.0f, 0.3f, lse, delta);
+  return y;
+}
+
+static bool softmax_back_right(const softmax_gradient *y, const float *s, const float *dp,
+                               const float *bias, int64_t n, const float *lse,
+                               const float *delta) {
+  for (int r = 0; r < BACK_ROWS; r++)
+    for (int j = 0; j < ACRE_KEY_TILE; j++) {
+      int i = r * ACRE_KEY_TILE + j;
+      double x = (double)s[i] * 3.0 + (bias && j < n ? bias[j] * 1.4426950408889634 : 0.0);
+      double p = j < n ? exp2(fmin(x - lse[r], 1.0)) : 0.0;
+      double ds = j < n ? p * 0.3f * ((double)dp[i] - delta[r]) : 0.0;
+      double off = EPS * (6 + 3 * fabs(x) + fabs(x - lse[r]));
+      if (!(fabs(y->p[r][j] - p) <= off * p)) return false;
+      if (!(fabs(y->ds[r][j] - ds) <= (off + 4 * EPS) * fabs(ds))) return false;
+    }
+  return true;
+}
+
+static void test_softmax_back(void) {
+  int64_t size = BACK_ROWS * ACRE_KEY_TILE;
+  float lse[BACK_ROWS] = {4.25f, 2.5f, 0.0f}; /* the last: exponents above 1 */
+  for (int64_t n = 0; n <= ACRE_KEY_TILE; n++)
+    for (int kind = 0; kind < 2; kind++) {
+      float *s = random_floats(size), *dp = random_floats(size);
+      float *delta = random_floats(BACK_ROWS), *bias = random_floats(n);
+      const float *given = kind ? bias : NULL;
+      softmax_gradient first = run_softmax_back(&tables[0], s, dp, given, n, lse, delta);
+      CHECK(softmax_back_right(&first, s, dp, given, n, lse, delta));
+      for (int i = 1; i < table_count; i++) {
+        softmax_gradient y = run_softmax_back(&tables[i], s, dp, given, n, lse, delta);
+        CHECK(memcmp(&first, &y, sizeof y) == 0);
+      }
+      guarded_free(s), guarded_free(dp), guarded_free(delta), guarded_free(bias);
+    }
+>>>>>>> h-attn
+}
+
 /* ---------------------------------------------------------------- numbers */
 
 static double ulp(double x) { return ldexp(1.0, (int)floor(log2(x)) - 23); }
@@ -527,5 +637,10 @@ int main(int argc, char **argv) {
   test_softmax(ACRE_F32);
   test_softmax(ACRE_BF16);
   test_softmax_edges();
+<<<<<<< HEAD
+  test_sum_exp();
+=======
+  test_softmax_back();
+>>>>>>> h-attn
   return check_report();
 }

@@ -1,0 +1,397 @@
+/* acre._core.Trainer: L1 parameters that learn.
+ *
+ * An example is a loop over windows here, so that an interrupt is taken between two of
+ * them. */
+#include "arguments.h"
+#include "arrays.h"
+#include "errors.h"
+
+typedef struct trainer_object {
+  PyObject_HEAD acre_trainer *trainer;
+  PyObject *model;
+} trainer_object;
+
+static const acre_model_config *config_of(const trainer_object *self) {
+  return acre_model_get_config(((model_object *)self->model)->model);
+}
+
+static PyObject *fail(trainer_object *self, const acre_error *error) {
+  return errors_raise(state_of((PyObject *)self), error);
+}
+
+static PyObject *trainer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"model", NULL};
+  PyObject *object;
+  const binding_state *state = PyType_GetModuleState(type);
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Trainer", names, &object)) return NULL;
+  acre_model *model = model_take_ready(state, object, "model");
+  if (!model) return NULL;
+  trainer_object *self = (trainer_object *)type->tp_alloc(type, 0);
+  if (!self) return NULL;
+  self->model = Py_NewRef(object);
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_open(&self->trainer, model, &error));
+  if (status == ACRE_OK) return (PyObject *)self;
+  Py_DECREF(self);
+  return errors_raise(state, &error);
+}
+
+static int trainer_traverse(trainer_object *self, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(self->model);
+  return 0;
+}
+
+static void trainer_dealloc(trainer_object *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  acre_trainer_release(self->trainer);
+  Py_XDECREF(self->model);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+/* ------------------------------------------------------------------ vectors */
+
+static PyObject *entry_to_tuple(const acre_trainer_entry *e) {
+  if (!e->rows)
+    return Py_BuildValue("(sL(L))", e->name, (long long)e->offset, (long long)e->columns);
+  return Py_BuildValue("(sL(LL))", e->name, (long long)e->offset, (long long)e->rows,
+                       (long long)e->columns);
+}
+
+static PyObject *trainer_entries(trainer_object *self, void *closure) {
+  (void)closure;
+  int64_t count = acre_trainer_entries(self->trainer);
+  PyObject *list = PyList_New((Py_ssize_t)count);
+  for (int64_t i = 0; list && i < count; ++i) {
+    acre_trainer_entry entry;
+    acre_error error;
+    PyObject *item = NULL;
+    if (acre_trainer_entry_at(&entry, self->trainer, i, &error) == ACRE_OK)
+      item = entry_to_tuple(&entry);
+    else
+      fail(self, &error);
+    if (item)
+      PyList_SET_ITEM(list, (Py_ssize_t)i, item);
+    else
+      Py_CLEAR(list);
+  }
+  return list;
+}
+
+static PyObject *trainer_size(trainer_object *self, void *closure) {
+  (void)closure;
+  return PyLong_FromLongLong(acre_trainer_size(self->trainer));
+}
+
+static PyObject *trainer_model(trainer_object *self, void *closure) {
+  (void)closure;
+  return Py_NewRef(self->model);
+}
+
+static int take_part(PyObject *object, acre_trainer_part *out) {
+  static const char *const parts[] = {"parameters", "gradients", "first", "second", NULL};
+  int index;
+  if (argument_choice(object, "part", parts, &index) < 0) return -1;
+  *out = (acre_trainer_part)index;
+  return 0;
+}
+
+static PyObject *trainer_read(trainer_object *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"part", NULL};
+  PyObject *object;
+  acre_trainer_part part;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:read", names, &object) ||
+      take_part(object, &part) < 0)
+    return NULL;
+  int64_t shape[1] = {acre_trainer_size(self->trainer)};
+  Py_buffer buffer;
+  PyObject *values = result_array("float32", 1, shape, &buffer);
+  if (!values) return NULL;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_read(buffer.buf, self->trainer, part, &error));
+  PyBuffer_Release(&buffer);
+  if (status == ACRE_OK) return values;
+  Py_DECREF(values);
+  return fail(self, &error);
+}
+
+static PyObject *trainer_write(trainer_object *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"part", "values", NULL};
+  PyObject *part_object, *values_object;
+  acre_trainer_part part;
+  float *values = NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:write", names, &part_object,
+                                   &values_object) ||
+      take_part(part_object, &part) < 0 ||
+      numbers_take(values_object, "values", acre_trainer_size(self->trainer), &values) < 0)
+    return NULL;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_write(self->trainer, part, values, &error));
+  PyMem_RawFree(values);
+  if (status != ACRE_OK) return fail(self, &error);
+  Py_RETURN_NONE;
+}
+
+/* ------------------------------------------------------------------ an example */
+
+/* What an example is made of, borrowed from the call and owned here. */
+typedef struct example_arguments {
+  PyObject *ids, *intervals, *window, *stride, *carry, *tail, *weights, *evidence, *query,
+      *evidence_weight, *heads, *gradients;
+} example_arguments;
+
+typedef struct example_arrays {
+  int32_t *ids, *tail;
+  int32_t *interval_items;
+  int64_t *intervals;
+  float *weights;
+  uint8_t *evidence, *heads;
+} example_arrays;
+
+static void free_arrays(example_arrays *a) {
+  PyMem_RawFree(a->ids);
+  PyMem_RawFree(a->tail);
+  PyMem_RawFree(a->interval_items);
+  PyMem_RawFree(a->intervals);
+  PyMem_RawFree(a->weights);
+  PyMem_RawFree(a->evidence);
+  PyMem_RawFree(a->heads);
+}
+
+/* A keyword that must come: the parser knows no such thing. */
+static bool present(PyObject *object, const char *name) {
+  if (object) return true;
+  PyErr_Format(PyExc_TypeError, "%s: got none, expected this keyword", name);
+  return false;
+}
+
+static bool given(PyObject *object) { return object && object != Py_None; }
+
+static int read_intervals(PyObject *object, example_arrays *own, acre_example *e) {
+  if (ids_take(object, "intervals", &own->interval_items, &e->windows) < 0) return -1;
+  own->intervals = PyMem_RawMalloc((size_t)(e->windows + 1) * sizeof *own->intervals);
+  if (!own->intervals) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  for (int64_t i = 0; i < e->windows; ++i) own->intervals[i] = own->interval_items[i];
+  e->intervals = own->intervals;
+  return 0;
+}
+
+static int read_query(PyObject *object, acre_example *e) {
+  PyObject *first, *last;
+  if (!given(object)) {
+    PyErr_SetString(PyExc_TypeError,
+                    "query: got none, expected (first, last) with evidence");
+    return -1;
+  }
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2)
+    return argument_refuse(object, "query", "a tuple (first, last)");
+  first = PyTuple_GET_ITEM(object, 0), last = PyTuple_GET_ITEM(object, 1);
+  if (argument_int64(first, "query[0]", &e->first) < 0) return -1;
+  return argument_int64(last, "query[1]", &e->last);
+}
+
+static int read_evidence(const trainer_object *self, const example_arguments *a,
+                         example_arrays *own, acre_example *e) {
+  const acre_model_config *config = config_of(self);
+  if (a->evidence_weight &&
+      argument_double(a->evidence_weight, "evidence_weight", &e->evidence_weight) < 0)
+    return -1;
+  if (given(a->heads) &&
+      head_flags_take(a->heads, config->layers, config->heads, &own->heads) < 0)
+    return -1;
+  e->heads = own->heads;
+  if (!given(a->evidence)) return 0;
+  if (flags_take(a->evidence, "evidence", e->n, &own->evidence) < 0) return -1;
+  e->evidence = own->evidence;
+  return read_query(a->query, e);
+}
+
+static int read_example(const trainer_object *self, const example_arguments *a,
+                        example_arrays *own, acre_example *e) {
+  if (ids_take(a->ids, "ids", &own->ids, &e->n) < 0 ||
+      read_intervals(a->intervals, own, e) < 0 ||
+      argument_int64(a->window, "window", &e->window) < 0 ||
+      argument_int64(a->stride, "stride", &e->stride) < 0 ||
+      (a->carry && argument_int64(a->carry, "carry", &e->carry) < 0) ||
+      (given(a->tail) && ids_take(a->tail, "tail", &own->tail, &e->t) < 0))
+    return -1;
+  e->ids = own->ids, e->tail = own->tail;
+  if (given(a->weights) &&
+      numbers_take(a->weights, "weights", e->n + e->t, &own->weights) < 0)
+    return -1;
+  e->weights = own->weights;
+  return read_evidence(self, a, own, e);
+}
+
+static PyObject *result_to_dict(const acre_example_result *r) {
+  return Py_BuildValue("{sdsdsdsL}", "loss", r->loss, "weight", r->weight, "evidence",
+                       r->evidence, "rows", (long long)r->rows);
+}
+
+static PyObject *run_example(trainer_object *self, const acre_example *example,
+                             bool gradients) {
+  acre_error error;
+  acre_example_result result;
+  int64_t done = 0, total = 1;
+  acre_status status = acre_trainer_begin(self->trainer, example, gradients, &error);
+  while (status == ACRE_OK && done < total) {
+    if (PyErr_CheckSignals() < 0) return NULL;
+    WITHOUT_GIL(status = acre_trainer_step(self->trainer, &done, &total, &error));
+  }
+  if (status == ACRE_OK) status = acre_trainer_result(&result, self->trainer, &error);
+  return status == ACRE_OK ? result_to_dict(&result) : fail(self, &error);
+}
+
+static PyObject *trainer_accumulate(trainer_object *self, PyObject *args,
+                                    PyObject *kwargs) {
+  static char *names[] = {"ids",   "intervals", "window",   "stride", "carry",
+                          "tail",  "weights",   "evidence", "query",  "evidence_weight",
+                          "heads", "gradients", NULL};
+  example_arguments a = {0};
+  example_arrays own = {0};
+  acre_example example = acre_example_default();
+  bool gradients = true;
+  PyObject *result = NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOO:accumulate", names, &a.ids,
+                                   &a.intervals, &a.window, &a.stride, &a.carry, &a.tail,
+                                   &a.weights, &a.evidence, &a.query, &a.evidence_weight,
+                                   &a.heads, &a.gradients))
+    return NULL;
+  if (!present(a.intervals, "intervals") || !present(a.window, "window") ||
+      !present(a.stride, "stride"))
+    return NULL;
+  if ((!a.gradients || argument_bool(a.gradients, "gradients", &gradients) == 0) &&
+      read_example(self, &a, &own, &example) == 0)
+    result = run_example(self, &example, gradients);
+  free_arrays(&own);
+  return result;
+}
+
+/* ------------------------------------------------------------------ the optimiser */
+
+static int read_number(PyObject *object, const char *name, double *out) {
+  return object ? argument_double(object, name, out) : 0;
+}
+
+static PyObject *trainer_update(trainer_object *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"step",  "lr",  "divisor",      "clip", "beta1",
+                          "beta2", "eps", "weight_decay", NULL};
+  PyObject *step = NULL, *lr = NULL, *divisor_object = NULL, *clip_object = NULL,
+           *beta1 = NULL, *beta2 = NULL, *eps = NULL, *decay = NULL;
+  acre_adamw adamw = acre_adamw_default();
+  double divisor, clip = 0, norm = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOOOOOO:update", names, &step, &lr,
+                                   &divisor_object, &clip_object, &beta1, &beta2, &eps,
+                                   &decay) ||
+      !present(step, "step") || !present(lr, "lr") || !present(divisor_object, "divisor") ||
+      argument_int64(step, "step", &adamw.step) < 0 ||
+      argument_double(lr, "lr", &adamw.lr) < 0 ||
+      argument_double(divisor_object, "divisor", &divisor) < 0 ||
+      read_number(clip_object, "clip", &clip) < 0 ||
+      read_number(beta1, "beta1", &adamw.beta1) < 0 ||
+      read_number(beta2, "beta2", &adamw.beta2) < 0 ||
+      read_number(eps, "eps", &adamw.eps) < 0 ||
+      read_number(decay, "weight_decay", &adamw.weight_decay) < 0)
+    return NULL;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status =
+                  acre_trainer_update(self->trainer, &adamw, divisor, clip, &norm, &error));
+  return status == ACRE_OK ? PyFloat_FromDouble(norm) : fail(self, &error);
+}
+
+static PyObject *trainer_clear(trainer_object *self, PyObject *unused) {
+  (void)unused;
+  acre_error error;
+  if (acre_trainer_clear(self->trainer, &error) != ACRE_OK) return fail(self, &error);
+  Py_RETURN_NONE;
+}
+
+/* ------------------------------------------------------------------ type */
+
+PyDoc_STRVAR(read_doc,
+             "read($self, /, part)\n--\n\n"
+             "A copy of one vector, float32 [size]: \"parameters\", \"gradients\" (summed\n"
+             "since the last update), \"first\" or \"second\" (AdamW's moments). The\n"
+             "property `entries` says where which tensor lies in it.");
+PyDoc_STRVAR(write_doc,
+             "write($self, /, part, values)\n--\n\n"
+             "Sets one vector from float32 [size]. ValueError: another size, or a number\n"
+             "that is not finite.");
+PyDoc_STRVAR(
+    accumulate_doc,
+    "accumulate($self, /, ids, *, intervals, window, stride, carry=0, tail=None, "
+    "weights=None, evidence=None, query=None, evidence_weight=0.0, heads=None, "
+    "gradients=True)\n--\n\n"
+    "Forward and backward of one example (METHOD.md, section 6); adds to \"gradients\".\n\n"
+    "ids: context tokens [n], read in windows of `window`, then `stride` tokens, with\n"
+    "`carry` tokens kept in view. intervals: l of each window, a last, partial one\n"
+    "included. tail: question and answer ids [t]; no L1 tokens among them, they see\n"
+    "[L1 | recent] and each other. weights: float32 [n + t] of each token's loss, None:\n"
+    "1; the first token has no loss. evidence: booleans [n], the tokens that hold it;\n"
+    "then query = (first, last), the tail tokens that score, and the example's loss\n"
+    "gains evidence_weight * -log(share of their attention mass on the evidence's L1\n"
+    "entries) at `heads`, booleans [L, h], None: the last layer's. gradients=False:\n"
+    "only the loss.\n\n"
+    "Returns a dict: loss (sum of weight * nats, without the evidence term), weight\n"
+    "(their sum), evidence (the share, or nan), rows (nested tokens processed). Raises\n"
+    "ValueError, TooLongError where the positions do not suffice, MemoryError; after\n"
+    "KeyboardInterrupt the gradients hold part of an example: clear() them.");
+PyDoc_STRVAR(update_doc,
+             "update($self, /, *, step, lr, divisor, clip=0.0, beta1=0.9, beta2=0.95, "
+             "eps=1e-08, weight_decay=0.0)\n--\n\n"
+             "One step of AdamW with gradients / divisor, scaled down to norm `clip`\n"
+             "where clip > 0; clears them. step counts from 1. Returns the norm before\n"
+             "clipping. ValueError, and nothing changed, where it is not finite.");
+PyDoc_STRVAR(clear_doc, "clear($self, /)\n--\n\nSets the gradients to zero.");
+PyDoc_STRVAR(
+    trainer_doc,
+    "Trainer(model)\n--\n\n"
+    "L1 parameters that learn while the model itself stays as it is.\n\n"
+    "Starts from the model's L1 parameters, or where it has none from the EOS row\n"
+    "and copies of q, k, v (METHOD.md, section 2). One owner: BusyError on a\n"
+    "second thread. Masters, gradients and moments are float32; examples run in\n"
+    "the model's dtype.");
+
+static PyMethodDef trainer_methods[] = {
+    {"read", KEYWORD_METHOD(trainer_read), METH_VARARGS | METH_KEYWORDS, read_doc},
+    {"write", KEYWORD_METHOD(trainer_write), METH_VARARGS | METH_KEYWORDS, write_doc},
+    {"accumulate", KEYWORD_METHOD(trainer_accumulate), METH_VARARGS | METH_KEYWORDS,
+     accumulate_doc},
+    {"update", KEYWORD_METHOD(trainer_update), METH_VARARGS | METH_KEYWORDS, update_doc},
+    {"clear", (PyCFunction)trainer_clear, METH_NOARGS, clear_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef trainer_getset[] = {
+    {"entries", (getter)trainer_entries, NULL,
+     PyDoc_STR("(Hugging Face name, offset, shape) of each tensor in the vectors."), NULL},
+    {"size", (getter)trainer_size, NULL, PyDoc_STR("Numbers in each vector."), NULL},
+    {"model", (getter)trainer_model, NULL, PyDoc_STR("The frozen model."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot trainer_slots[] = {
+    {Py_tp_doc, (void *)trainer_doc},
+    {Py_tp_new, trainer_new},
+    {Py_tp_dealloc, trainer_dealloc},
+    {Py_tp_traverse, trainer_traverse},
+    {Py_tp_methods, trainer_methods},
+    {Py_tp_getset, trainer_getset},
+    {0, NULL},
+};
+
+PyType_Spec trainer_spec = {
+    .name = "acre._core.Trainer",
+    .basicsize = sizeof(trainer_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = trainer_slots,
+};
