@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,17 +30,10 @@ from acre.training.parallel import Alone, Group
 from acre.training.schedule import learning_rate
 from acre.training.settings import Settings
 
+if TYPE_CHECKING:
+    from acre.training.examples import Example
+
 Progress = bool | Callable[[Row], None]
-
-
-class Example(Protocol):
-    """What a stream gives; see `acre.training.examples.Example`."""
-
-    ids: np.ndarray
-    tail: np.ndarray | None
-    evidence: np.ndarray | None
-
-    def arguments(self) -> dict[str, Any]: ...
 
 
 class Examples(Protocol):

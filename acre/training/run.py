@@ -30,11 +30,11 @@ from acre.loaders import ADAPTER
 from acre.model import Model
 from acre.training.adapter import describe, settings_of, write_adapter
 from acre.training.checkpoint import Learner, check_facts
-from acre.training.loop import Example, Examples, Folder, Loop, Progress
+from acre.training.examples import INTERVALS, Example
+from acre.training.loop import Examples, Folder, Loop, Progress
 from acre.training.parallel import Group, join
 from acre.training.settings import PASSES, Settings, settled
-
-INTERVALS = (8, 16, 32, 64, 128)
+from acre.training.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,6 @@ def _stream(model: Model, data: Any, shape: dict[str, Any], group: Group) -> Exa
     """A stream as it is, or one of the data named."""
     if hasattr(data, "restore"):
         return data
-    from acre.training.stream import Stream
-
     return Stream(model, data, rank=group.rank, world=group.world, **shape)
 
 

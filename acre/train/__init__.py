@@ -1,1 +1,0 @@
-"""Training of the L1 parameters: data, examples, and the loop that learns from them."""
