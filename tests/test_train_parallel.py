@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,8 +15,10 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pytest
+import toy
 
 import acre
+from acre import _core, loaders
 from acre.training.checkpoint import Checkpoints
 from acre.training.parallel import Alone, Place, Sockets, join, place
 
@@ -277,3 +280,36 @@ def test_nan_stops_every_rank(tmp_path):
     for error in together(2, work):
         assert isinstance(error, FloatingPointError)
         assert "step 2, example 2" in str(error)
+
+
+@pytest.mark.skipif(not hasattr(_core, "Trainer"), reason="no trainer in this build")
+def test_the_real_trainer(tmp_path):
+    """Texts of one length, so that one and two processes make the same batches: they
+    come to the same parameters up to the order of summation."""
+    toy.directory(tmp_path / "model")
+    texts = [json.dumps({"text": toy.sentence(i, 400)}) for i in range(4)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
+
+    def run(out: str, group=None) -> None:
+        model = acre.Model.from_pretrained(tmp_path / "model", "f32", threads=1)
+        acre.train(
+            model, "stage1", f"excerpts:{tmp_path / 'texts.jsonl'}", tmp_path / out,
+            steps=4, batch_tokens=800, lr=0.01, length=200, window=64, stride=32,
+            intervals=(8, 16), progress=False, group=group,
+        )  # fmt: skip
+
+    def result(out: str) -> tuple[np.ndarray, list[float]]:
+        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["examples"] for row in rows] == [4] * 4
+        read = loaders.open_adapter(
+            Checkpoints(tmp_path / out / "checkpoints").latest()
+        )
+        values = np.concatenate([array.ravel() for _, array, _ in read])
+        return values, [row["loss"] for row in rows]
+
+    run("one")
+    assert together(2, lambda group: run("two", group)) == [None, None]
+    (alone, losses), (two, more) = result("one"), result("two")
+    np.testing.assert_allclose(two, alone, rtol=0, atol=1e-5)  # steps are up to 0.01
+    np.testing.assert_allclose(more, losses, rtol=1e-6)
