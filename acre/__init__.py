@@ -43,15 +43,21 @@ __all__ = [
     "page",
     "plot",
     "sweep",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from acre import page, plot
     from acre.eval.run import evaluate
     from acre.eval.sweep import sweep
+    from acre.training.run import train
 
 # Loaded when first asked for: they bring packages that reading and asking do not need.
-_LATE = {"evaluate": "acre.eval.run", "sweep": "acre.eval.sweep"}
+_LATE = {
+    "evaluate": "acre.eval.run",
+    "sweep": "acre.eval.sweep",
+    "train": "acre.training.run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -156,6 +156,13 @@ def build_options(
     }
 
 
+def proxy_of(model: Model, proxy: str) -> str:
+    """The proxy in force: "auto" is "trained" where the model has L1 parameters."""
+    if proxy != "auto":
+        return proxy
+    return "trained" if model.core.has_l1 else "pooled"
+
+
 def pooling_options(
     model: Model, proxy: str, weight: int | None, sink: bool | None
 ) -> dict[str, int]:

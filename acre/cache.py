@@ -26,6 +26,7 @@ from acre.build import (
     build_options,
     extended,
     pooling_options,
+    proxy_of,
     read,
 )
 from acre.chat import Frame
@@ -90,7 +91,7 @@ class Cache:
         window: int = 4096,
         stride: int = 2048,
         carry: int = 0,
-        proxy: str = "pooled",
+        proxy: str = "auto",
         progress: Progress = True,
         eta: int = 4096,
         reserve: int | None = None,
@@ -99,6 +100,7 @@ class Cache:
         frame: Frame | bool | None = None,
     ) -> Cache:
         """As `Model.build`, which documents the arguments."""
+        proxy = proxy_of(model, proxy)
         options = build_options(proxy, interval, window, stride, carry, eta, reserve)
         options |= pooling_options(model, proxy, weight, sink)
         return cls(model, *read(model, text_or_ids, options, progress, frame))

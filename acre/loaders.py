@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from acre.adapter import SCALE, Adapter
 from acre.errors import ModelFileError
 from acre.fields import Fields, read_json, short
 from acre.hf import (
@@ -26,10 +27,9 @@ from acre.hf import (
     acre_settings,
     config_from_hf,
     has_qkv_bias,
-    is_acre_name,
     select,
 )
-from acre.safetensors_file import SafetensorsFile
+from acre.safetensors_file import READABLE, SMALL, SafetensorsFile
 from acre.tokenizer import Tokenizer
 
 __all__ = ["Source", "config_from_hf", "open_adapter", "open_source"]
@@ -37,6 +37,7 @@ __all__ = ["Source", "config_from_hf", "open_adapter", "open_source"]
 TensorItem = tuple[str, np.ndarray, str]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter.safetensors"
 
 
 @dataclass
@@ -180,44 +181,57 @@ def _indexed(path: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _file_tensors(path: Path) -> dict[str, Tensor]:
-    file = SafetensorsFile(path)
+    return _tensors_of(SafetensorsFile(path), READABLE)
+
+
+def _tensors_of(
+    file: SafetensorsFile, known: Mapping[str, tuple[str, str]] = SMALL
+) -> dict[str, Tensor]:
     return {
-        name: Tensor(str(path), entry.shape, partial(file.read, name))
+        name: Tensor(str(file.path), entry.shape, partial(file.read, name, known))
         for name, entry in file.entries.items()
     }
 
 
-def open_adapter(path: str | os.PathLike[str]) -> Iterator[TensorItem]:
+def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The trained L1 parameters of a safetensors file, or of a directory with one.
 
-    Yields (Hugging Face name, array, dtype) as `Source.tensors`. All checks of the file
-    are done before the call returns. FileNotFoundError; ModelFileError where the file
-    is corrupt or holds anything but acre_* tensors.
+    All checks of the file are done before the call returns. FileNotFoundError;
+    ModelFileError where the file is corrupt or holds anything but acre_* tensors.
     """
     path = Path(path)
     if path.is_dir():
-        tensors = _adapter_directory(path)
-    elif path.is_file():
-        tensors = _file_tensors(path)
-    else:
+        if (path / INDEX).is_file():
+            return Adapter(path, _indexed(path, path / INDEX), {}, {})
+        path = _adapter_file(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    for name, tensor in tensors.items():
-        if not is_acre_name(name):
-            raise ModelFileError(
-                f"{tensor.where}: tensor {short(name)} is no L1 parameter; an adapter "
-                "holds acre_* tensors only"
-            )
-    if not tensors:
-        raise ModelFileError(f"{path}: holds no tensors")
-    return ((name, *tensor.read()) for name, tensor in tensors.items())
+    file = SafetensorsFile(path)
+    tensors, packed = {}, {}
+    for name, tensor in _tensors_of(file).items():
+        whole = name.removesuffix(SCALE)
+        if file.entries[name].dtype == "I8":
+            packed[name] = (tensor, _scale_of(file, name))
+        elif whole == name or whole not in file.entries:
+            tensors[name] = tensor
+    return Adapter(path, tensors, packed, file.metadata)
 
 
-def _adapter_directory(path: Path) -> dict[str, Tensor]:
-    if (path / INDEX).is_file():
-        return _indexed(path, path / INDEX)
+def _scale_of(file: SafetensorsFile, name: str) -> Tensor:
+    """The scales of a packed tensor."""
+    entry = file.entries.get(name + SCALE)
+    if entry is None or entry.dtype != "F32":
+        raise ModelFileError(f"{file.path}: tensor {short(name)} has no F32 scales")
+    return Tensor(str(file.path), entry.shape, partial(file.read, name + SCALE))
+
+
+def _adapter_file(path: Path) -> Path:
+    """The one adapter of a directory."""
+    if (path / ADAPTER).is_file():
+        return path / ADAPTER
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return _file_tensors(found[0])
+        return found[0]
     if not found:
         raise FileNotFoundError(f"{path}: has no .safetensors file")
     names = ", ".join(file.name for file in found)

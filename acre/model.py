@@ -9,8 +9,6 @@ the vocabulary, empty prompts and prompts longer than the position range.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -20,11 +18,13 @@ import numpy as np
 
 from acre import _core, generate, loaders
 from acre.errors import ModelFileError
+from acre.fingerprints import Fingerprints, Prints
 from acre.generate import Sampling, Stream, Streamer, integer
 from acre.scoring import pooling, registered
 from acre.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from acre.adapter import Adapter
     from acre.cache import Cache
     from acre.chat import Frame
 
@@ -38,73 +38,6 @@ DTYPES = {
     "fp32": "f32",
     "float32": "f32",
 }
-SAMPLE_BLOCKS, SAMPLE_ELEMENTS = 16, 2048
-
-
-# ------------------------------------------------------------------------- fingerprints
-
-
-def _elements(array: Any, start: int, stop: int) -> np.ndarray:
-    """Elements [start, stop) of a tensor in row-major order, as NumPy, without a copy
-    of the whole. bf16 tensors that NumPy cannot hold are widened (exactly) to
-    float32."""
-    if isinstance(array, np.ndarray):
-        if array.flags.c_contiguous:
-            return array.reshape(-1)[start:stop]
-        return array.flat[start:stop]
-    part = array.reshape(-1)[start:stop]
-    try:
-        return np.from_dlpack(part)
-    except (BufferError, RuntimeError, TypeError, ValueError):
-        return np.asarray(part.float() if hasattr(part, "float") else part)
-
-
-def _tensor_digest(name: str, array: Any, dtype: str | None) -> bytes:
-    """sha256 over name, shape, dtype and evenly spaced blocks of the elements."""
-    shape = tuple(int(size) for size in array.shape)
-    count = int(np.prod(shape, dtype=np.int64))
-    kind = str(dtype or array.dtype).removeprefix("torch.").replace("bfloat", "bf")
-    kind = kind.replace("float", "f")  # one name whatever the source
-    digest = hashlib.sha256(f"{name}|{shape}|{kind}|".encode())
-    limit = SAMPLE_BLOCKS * SAMPLE_ELEMENTS
-    if count <= limit:
-        starts: Sequence[int] = range(0, max(count, 1), max(count, 1))
-        size = count
-    else:
-        size = SAMPLE_ELEMENTS
-        starts = np.linspace(0, count - size, SAMPLE_BLOCKS).astype(np.int64).tolist()
-    for start in starts:
-        digest.update(np.ascontiguousarray(_elements(array, start, start + size)))
-    return digest.digest()
-
-
-class _Fingerprints:
-    """sha256 of the base tensors and of the L1 (acre_*) tensors, whatever their order.
-
-    Evenly spaced blocks stand for a large tensor: loading stays as fast as binding, and
-    any retrained or requantised tensor differs in them.
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        chosen = ("dtype", "w_max", "weights")
-        facts = {k: v for k, v in config.items() if k not in chosen}
-        self._config = json.dumps(facts, sort_keys=True, default=str).encode()
-        self._digests: dict[str, bytes] = {}
-
-    def add(self, name: str, array: Any, dtype: str | None) -> None:
-        """Enters one tensor; a later one of the same name replaces it."""
-        self._digests[name] = _tensor_digest(name, array, dtype)
-
-    def _sum(self, first: bytes, trained: bool) -> str:
-        total = hashlib.sha256(first)
-        names = [name for name in sorted(self._digests) if ("acre_" in name) is trained]
-        for name in names:
-            total.update(self._digests[name])
-        return total.hexdigest() if names or not trained else "none"
-
-    def result(self) -> tuple[str, str]:
-        """(model, adapter); "none" for an untrained adapter."""
-        return self._sum(self._config, False), self._sum(b"adapter", True)
 
 
 # ------------------------------------------------------------------------------- inputs
@@ -196,7 +129,7 @@ class Model:
         core: _core.Model,
         tokenizer: Tokenizer | None,
         name: str,
-        fingerprints: tuple[str, str],
+        prints: Prints,
     ) -> None:
         """For `from_pretrained` and `from_arrays`; `core` is ready."""
         self.core = core
@@ -206,11 +139,12 @@ class Model:
         words = tokenizer.fingerprint if tokenizer is not None else "none"
         kept = self.config["weights"]
         self.fingerprints = {
-            "model": ("" if kept == "same" else f"{kept}:") + fingerprints[0],
-            "adapter": fingerprints[1],
+            "model": ("" if kept == "same" else f"{kept}:") + prints.model,
+            "adapter": prints.adapter,
             "tokenizer": words,
         }
-        known_as = (fingerprints[0], name)
+        self.prints = prints
+        known_as = (prints.model, name)
         self.scoring = registered(known_as, self.config["layers"], self.config["heads"])
         self.pooling = pooling(known_as)
 
@@ -228,10 +162,10 @@ class Model:
         """Opens a local Hugging Face directory or a GGUF file.
 
         dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". adapter: a
-        file or directory with trained L1 parameters only. threads: 0 = usable cores.
-        w_max: usable positions, default the model's. weights: "same" as dtype, or "q8":
-        8 bits and a scale per 32 numbers, for faster decoding in about half the memory;
-        needs dtype "bf16".
+        file or directory with trained L1 parameters only, of this model. threads: 0 =
+        usable cores. w_max: usable positions, default the model's. weights: "same" as
+        dtype, or "q8": 8 bits and a scale per 32 numbers, for faster decoding in about
+        half the memory; needs dtype "bf16".
         FileNotFoundError, ModelFileError (names file and fault), ValueError for
         options, NotImplementedError for a device that this build lacks, MemoryError.
         """
@@ -239,16 +173,13 @@ class Model:
         kept = check_weights(weights, dtype)
         positions = None if w_max is None else integer("w_max", w_max, 1)
         source = loaders.open_source(path)
-
-        def tensors() -> Generator[tuple[str, Any, str | None], None, None]:
-            yield from source.tensors()
-            if adapter is not None:
-                yield from loaders.open_adapter(adapter)
+        trained = None if adapter is None else loaders.open_adapter(adapter)
+        tensors = source.tensors() if trained is None else trained.on(source)
 
         try:
             return cls._bind(
                 engine, {**source.config, "dtype": dtype, "weights": kept}, positions,
-                tensors(), source.tokenizer, source.name,
+                tensors, source.tokenizer, source.name, trained,
             )  # fmt: skip
         except ModelFileError:
             raise
@@ -303,17 +234,21 @@ class Model:
         tensors: Tensors,
         tokenizer: Tokenizer | None,
         name: str,
+        adapter: Adapter | None = None,
     ) -> Model:
         """Creates the core model and binds the tensors one at a time."""
         settings = dict(config)
         if w_max is not None:
             settings["w_max"] = integer("w_max", w_max, 1)
-        core, prints = _core.Model(engine, settings), _Fingerprints(config)
+        core, entered = _core.Model(engine, settings), Fingerprints(config)
         for tensor, array, kind in tensors:
             core.bind(tensor, array, kind)
-            prints.add(tensor, array, kind)
+            entered.add(tensor, array, kind)
+        prints = entered.result()
+        if adapter is not None:
+            adapter.check(prints)
         core.ready()
-        return cls(core, tokenizer, name, prints.result())
+        return cls(core, tokenizer, name, prints)
 
     def __repr__(self) -> str:
         c = self.config
@@ -454,7 +389,7 @@ class Model:
         window: int = 4096,
         stride: int = 2048,
         carry: int = 0,
-        proxy: str = "pooled",
+        proxy: str = "auto",
         progress: bool | Callable[[int, int], None] = True,
         eta: int = 4096,
         reserve: int | None = None,
@@ -466,7 +401,8 @@ class Model:
 
         interval: l, or "auto" for the least of 8 ... 128 that fits. window, stride: L2
         tokens of the first and of later windows. carry: L2 tokens of the window before
-        that stay attendable. proxy: "pooled" (no training) or "trained" (L1 tokens).
+        that stay attendable. proxy: "pooled" (no training), "trained" (L1 tokens), or
+        "auto": "trained" where the model or its adapter has L1 parameters.
         eta, reserve: room planned for refilling, and for question and answer (None =
         the smaller of 4096 and w_max/8). weight: tokens that a pooled entry counts for
         in attention, sink: the first pooled entry is the first token alone; None = the

@@ -527,6 +527,34 @@ def _scale(ax: Axes, log: str, xs: Sequence[float]) -> None:
     ax.set_axisbelow(True)
 
 
+def losses(rows: Rows, ax: Axes | None = None) -> Axes:
+    """The loss of a training run over its steps, with its running mean.
+
+    rows: {"step", "loss"} and {"step", "held_out"}, as the run's log has them, in
+    order. ValueError where no row has a loss, TypeError.
+    """
+    table = _rows(rows, ("step",))
+    steps = [row for row in table if row.get("loss") is not None]
+    held = [row for row in table if row.get("held_out") is not None]
+    if not steps:
+        raise ValueError("rows: none has a loss")
+    ax, xs = _axes(ax), [_number(row, "step") for row in steps]
+    ys = np.array([_number(row, "loss") for row in steps])
+    ax.plot(xs, ys, color=QUIET, linewidth=0.8, label="loss")
+    span = max(len(ys) // 50, 1)
+    total = np.cumsum(np.concatenate([[0.0], ys]))
+    first = np.maximum(np.arange(len(ys)) + 1 - span, 0)
+    means = (total[1:] - total[first]) / (np.arange(len(ys)) + 1 - first)
+    ax.plot(xs, means, color=COLOURS[0], label=f"mean of {span} steps")
+    if held:
+        at = [_number(row, "step") for row in held]
+        values = [_number(row, "held_out") for row in held]
+        ax.plot(at, values, "o--", color=COLOURS[1], markersize=4, label="held out")
+    ax.grid(color="#E6E6E6", linewidth=0.6)
+    ax.legend(frameon=False, fontsize="small")
+    return _tidy(ax, "Training loss", "step", "loss (nats per token)")
+
+
 def efficiency(rows: Rows, axes: Sequence[Axes] | None = None) -> Figure:
     """Time and peak memory against the length of the text, a line per method.
 

@@ -1,4 +1,4 @@
-"""One safetensors file, mapped.
+"""One safetensors file, mapped; and writing one, a tensor at a time.
 
 Takes a path; gives the names, dtypes and shapes of its tensors and views of their bytes
 in the mapping (bf16 as uint16 bits, which NumPy lacks a type for). One idea: the whole
@@ -10,19 +10,23 @@ guarded against: it must not be written to while it is open.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from acre.errors import ModelFileError
 from acre.fields import parse_json, short
+from acre.files import CHUNK, write
 
 HEADER_MAX = 100_000_000  # bytes; the format's own limit
 READABLE = {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
+SMALL = {**READABLE, "I8": ("i8", "<i1")}  # with what packed adapters hold
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -55,7 +59,8 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 class SafetensorsFile:
-    """A mapped file; `entries` by tensor name, in the order of their bytes."""
+    """A mapped file; `entries` by tensor name, in the order of their bytes; `metadata`,
+    strings by name, as the file has them."""
 
     def __init__(self, path: Path) -> None:
         """FileNotFoundError, ModelFileError."""
@@ -70,8 +75,8 @@ class SafetensorsFile:
         self.entries: dict[str, Entry] = dict(found)
 
     def _header(self) -> tuple[dict[str, Any], int]:
-        """The parsed header without its metadata, and where the tensors' bytes
-        begin."""
+        """The parsed header without its metadata, which is kept apart, and where the
+        tensors' bytes begin."""
         size = len(self._bytes)
         length = int.from_bytes(self._bytes[:8], "little")
         if size < 8 or length > min(size - 8, HEADER_MAX):
@@ -80,7 +85,11 @@ class SafetensorsFile:
                 f"{length} bytes, the file has {size}"
             )
         header = parse_json(self._bytes[8 : 8 + length], f"{self.path}: header")
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict) or not all(
+            isinstance(value, str) for value in self.metadata.values()
+        ):
+            raise ModelFileError(f"{self.path}: header: __metadata__ holds no strings")
         return header, 8 + length
 
     def _entry(self, name: str, value: Any, start: int) -> Entry:
@@ -139,16 +148,63 @@ class SafetensorsFile:
                 f"{len(self._bytes)} bytes"
             )
 
-    def read(self, name: str) -> tuple[np.ndarray, str]:
+    def read(
+        self, name: str, known: Mapping[str, tuple[str, str]] = READABLE
+    ) -> tuple[np.ndarray, str]:
         """(array, "f32" | "f16" | "bf16"): a read-only view of the mapping, copied only
-        where the file does not align it. ModelFileError for other dtypes."""
+        where the file does not align it. ModelFileError for dtypes not `known`."""
         entry = self.entries[name]
-        if entry.dtype not in READABLE:
+        if entry.dtype not in known:
             raise ModelFileError(
                 f"{self.path}: tensor {short(name)} is {entry.dtype}, expected one of "
-                f"{', '.join(READABLE)}"
+                f"{', '.join(known)}"
             )
-        kind, item = READABLE[entry.dtype]
+        kind, item = known[entry.dtype]
         count = math.prod(entry.shape)
         flat = np.frombuffer(self._bytes, item, count, entry.begin if count else 0)
         return np.require(flat.reshape(entry.shape), requirements=["A"]), kind
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def header(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """(the file's beginning, bytes of all tensors), the tensors in the order of
+    `shapes`: name -> (dtype by safetensors' name, shape)."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape) in shapes.items():
+        end = at + math.prod(shape) * ITEM_BITS[dtype] // 8
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, at
+
+
+def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array's bytes in chunks."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK]
+
+
+def write_tensors(
+    file: BinaryIO,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """The whole file: header, then the arrays as they come, in the order of `shapes`.
+
+    ValueError for an array whose bytes are not those of its shape and dtype; OSError.
+    """
+    first, _ = header(shapes, metadata)
+    write(file, first)
+    for (name, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
+        if array.nbytes * 8 != math.prod(shape) * ITEM_BITS[dtype]:
+            raise ValueError(f"{name}: {array.nbytes} bytes are not {dtype} {shape}")
+        for piece in pieces(array):
+            write(file, piece)

@@ -21,8 +21,6 @@ import errno
 import json
 import math
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,12 +31,12 @@ import numpy as np
 from acre import _core
 from acre.chat import Frame
 from acre.errors import CacheFileError
+from acre.files import CHUNK, check_space, replacing, write
 from acre.safetensors_file import Entry
 from acre.tokenizer import Tokenizer
 
 FORMAT, FORMAT_VERSION = "acre-cache", "1"
 HEADER_MAX = 1 << 20
-CHUNK = 8 << 20
 ALIGNMENT = 64
 ITEM_SIZES = {"F32": 4, "BF16": 2, "I32": 4, "I64": 8, "U8": 1}
 PARTS = {
@@ -234,13 +232,6 @@ def _sealed(text: bytes) -> bytes:
     )
 
 
-def _write(file: BinaryIO, data: Any) -> None:
-    """Writes all of the bytes through an unbuffered file."""
-    view = memoryview(data)
-    while view.nbytes:
-        view = view[file.write(view) :]
-
-
 def _write_all(file: BinaryIO, directory: str, core: _core.Cache, facts: Facts) -> None:
     """Header with empty checksums, the tensors, then the header again."""
     small = _small(core, facts)
@@ -248,19 +239,19 @@ def _write_all(file: BinaryIO, directory: str, core: _core.Cache, facts: Facts) 
     layers, sums = core.model.config["layers"], {}
     blank = _header(metadata, shapes, {})
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in shapes.values()]
-    _check_space(directory, len(blank) + sum(sizes))
-    _write(file, blank)
+    check_space(directory, len(blank) + sum(sizes))
+    write(file, blank)
     for name in shapes:
         crc = 0
         part = PARTS.get(name)
         for chunk in _layers(core, part, layers) if part else _cut(small[name]):
-            _write(file, chunk)
+            write(file, chunk)
             crc = zlib.crc32(chunk, crc)
         sums[name] = f"{crc:08x}"
     if file.tell() != len(blank) + sum(sizes):
         raise OSError(errno.EIO, "the cache's size is not that of its plan")
     file.seek(0)
-    _write(file, _header(metadata, shapes, sums))
+    write(file, _header(metadata, shapes, sums))
 
 
 def _cut(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -270,49 +261,14 @@ def _cut(array: np.ndarray) -> Iterator[np.ndarray]:
         yield flat[start : start + CHUNK]
 
 
-def _check_space(directory: str, size: int) -> None:
-    """Refuses what cannot fit before writing any of it."""
-    free = shutil.disk_usage(directory).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"no space for {size} bytes, {free} are free")
-
-
-def _sync_directory(path: str) -> None:
-    """Makes a rename last; some file systems refuse to sync directories."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def save(path: str | os.PathLike[str], core: _core.Cache, facts: Facts) -> None:
     """Writes a cache under `path`, atomically; on any failure an old file stays.
 
     OSError names the path. Memory: one chunk at a time.
     """
-    target = os.path.realpath(os.fsdecode(path))
-    if os.path.isdir(target):
-        raise IsADirectoryError(errno.EISDIR, "is a directory", os.fsdecode(path))
-    directory, name = os.path.split(target)
-    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(6)}.tmp")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-    try:
-        handle = os.open(temporary, flags, 0o666)
-        try:
-            with open(handle, "wb", buffering=0) as raw:
-                _write_all(raw, directory, core, facts)
-                os.fsync(raw.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        _sync_directory(directory)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
+    with replacing(path) as raw:
+        directory = os.path.dirname(os.path.realpath(os.fsdecode(path)))
+        _write_all(raw, directory, core, facts)
 
 
 # ------------------------------------------------------------------------------ loading

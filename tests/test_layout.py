@@ -78,9 +78,11 @@ def test_the_seam_is_also_cxx():
 def test_what_is_loaded_late_is_there():
     code = (
         "import sys, acre; late = {'acre.eval.run', 'acre.eval.sweep', 'acre.plot', "
+        "'acre.training.run', "
         "'acre.page', 'matplotlib'}; assert not late & set(sys.modules); "
         "assert {'evaluate', 'plot'} <= set(dir(acre)); "
         "assert 'methods' in acre.evaluate.__doc__ and acre.sweep and acre.page; "
+        "import acre.training.log; assert 'steps' in acre.train.__doc__; "
         "assert acre.plot.surface and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

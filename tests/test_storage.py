@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_bad_targets(cache, tmp_path):
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_failed_write_keeps_the_old_file(cache, saved, monkeypatch, failure, after):
     old, left = saved.read_bytes(), [after]
-    write = storage._write
+    write = storage.write
 
     def failing(file, data):
         if left[0] == 0:
@@ -159,7 +160,7 @@ def test_failed_write_keeps_the_old_file(cache, saved, monkeypatch, failure, aft
         left[0] -= 1
         write(file, data)
 
-    monkeypatch.setattr(storage, "_write", failing)
+    monkeypatch.setattr(storage, "write", failing)
     with pytest.raises(type(failure)) as caught:
         cache.save(saved)
     if isinstance(failure, OSError):
@@ -184,8 +185,8 @@ def test_full_disk_keeps_the_old_file(cache, saved):
 
 def test_no_space_is_refused_before_writing(cache, saved, monkeypatch):
     old = saved.read_bytes()
-    usage = storage.shutil.disk_usage(saved.parent)._replace(free=10)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(saved.parent)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="no space") as caught:
         cache.save(saved)
     assert caught.value.errno == errno.ENOSPC
@@ -198,13 +199,13 @@ sys.path.insert(0, sys.argv[1])
 import toy
 from acre import storage
 cache = toy.model().build(toy.sentence(9, 100), **toy.BUILD)
-write, left = storage._write, [int(sys.argv[3])]
+write, left = storage.write, [int(sys.argv[3])]
 def dying(file, data):
     write(file, data)
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-storage._write = dying
+storage.write = dying
 cache.save(sys.argv[2])
 """
 

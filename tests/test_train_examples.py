@@ -22,9 +22,9 @@ from training import (
 )
 
 import acre
-from acre.train import examples
-from acre.train.examples import Maker, Shape
-from acre.train.forms import Record
+from acre.training import examples
+from acre.training.examples import Maker, Shape
+from acre.training.forms import Record
 
 # ------------------------------------------------------------------------ text examples
 

@@ -15,9 +15,9 @@ from training import (
     write,
 )
 
-from acre.train.files import SHOWN, Skipped, find_files, items
-from acre.train.forms import Record, parse
-from acre.train.stream import Stream
+from acre.training.files import SHOWN, Skipped, find_files, items
+from acre.training.forms import Record, parse
+from acre.training.stream import Stream
 
 # -------------------------------------------------------------------------------- forms
 
@@ -113,7 +113,7 @@ def test_broken_lines_are_named_skipped_and_counted(tmp_path, caplog, end, pack)
     rows = [{"text": "one"}, b'{"text": "tw', {"x": 1}, b"", {"text": "two"}]
     path = write(tmp_path / f"a.jsonl{end}", rows, pack)
     skipped = Skipped()
-    with caplog.at_level(logging.WARNING, "acre.train"):
+    with caplog.at_level(logging.WARNING, "acre.training"):
         found = list(items(path, skipped))
     assert found == [(1, 0, "one"), (5, 0, "two")]
     assert skipped.counts == {"unusable row": 2}

@@ -28,10 +28,10 @@ from training import (
 )
 
 import acre
-from acre.train import builders, examples
-from acre.train.builders import BUILDERS, Material, Order
-from acre.train.forms import Record, parse
-from acre.train.stream import Stream
+from acre.training import builders, examples
+from acre.training.builders import BUILDERS, Material, Order
+from acre.training.forms import Record, parse
+from acre.training.stream import Stream
 
 # ----------------------------------------------------------------------------- builders
 
@@ -198,7 +198,7 @@ def test_resuming_anywhere_gives_the_same_sequence(mix, wide):
 def test_an_ended_stream_stays_ended(mix, wide, caplog):
     one = next(iter(mix))
     stream = Stream(wide, one, **shape_of())
-    with caplog.at_level(logging.WARNING, "acre.train"):
+    with caplog.at_level(logging.WARNING, "acre.training"):
         made = list(stream)
     assert made and next(stream, None) is None
     assert "one.jsonl.xz:5: shorter than a window" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import acre
-from acre.train.forms import Record
+from acre.training.forms import Record
 
 SIZES = {"length": (150, 260), "window": 64, "stride": 32}
 PROSE = " ".join(

@@ -11,6 +11,7 @@ import argparse
 from typing import Any
 
 from acre.eval.methods import NAMES, Settings
+from acre.scoring import PROXIES
 
 SETTINGS = ("window", "stride", "carry", "eta", "passage")
 
@@ -34,7 +35,7 @@ def add_commands(commands: Any, model_options: Any) -> None:
     for name in ("interval", "window", "stride", "carry", "eta"):
         group.add_argument(f"--{name}", nargs="+", metavar="N")
     group.add_argument("--select", nargs="+", choices=("shared", "per_layer"))
-    group.add_argument("--proxy", nargs="+", choices=("pooled", "trained"))
+    group.add_argument("--proxy", nargs="+", choices=PROXIES)
     group.add_argument("--beside", nargs="+", default=[], metavar="METHOD",
                        help="methods to compare with, as full or bm25")  # fmt: skip
     sweep.set_defaults(run=command_sweep)
@@ -76,7 +77,7 @@ def _setting_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int, default=value,
                            help=f"default {value}")  # fmt: skip
     group.add_argument("--select", default="shared", choices=("shared", "per_layer"))
-    group.add_argument("--proxy", default="pooled", choices=("pooled", "trained"))
+    group.add_argument("--proxy", default="auto", choices=("auto", *PROXIES))
     group.add_argument("--budget", type=int,
                        help="entries of excerpts; default as many as acre")  # fmt: skip
 

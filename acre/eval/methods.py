@@ -29,12 +29,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from acre import _core
-from acre.build import pooling_options
+from acre.build import pooling_options, proxy_of
 from acre.cache import SELECTS, Cache
 from acre.eval import retrieve
 from acre.eval.excerpt import Excerpt, ends, merged, middle_cut
 from acre.eval.records import Document, Question, Range
 from acre.eval.shelf import Asked, Held, Shelf, default_reserve
+from acre.model import Model
 from acre.report import Answer
 from acre.scoring import PROXIES
 
@@ -60,7 +61,7 @@ class Settings:
     window: int = 4096
     stride: int = 2048
     carry: int = 0
-    proxy: str = "pooled"
+    proxy: str = "auto"
     eta: int = 4096
     select: str = "shared"
     budget: int | None = None
@@ -68,7 +69,7 @@ class Settings:
     passage: int = PASSAGE
 
     def __post_init__(self) -> None:
-        for name, known in (("select", SELECTS), ("proxy", PROXIES)):
+        for name, known in (("select", SELECTS), ("proxy", ("auto", *PROXIES))):
             if getattr(self, name) not in known:
                 got = getattr(self, name)
                 raise ValueError(f"{name}: got {got!r}, expected one of {known}")
@@ -322,7 +323,8 @@ def core_options(
     options = settings.build(shelf.room(document), shelf.w_max)
     if options["interval"] == "auto":
         options["interval"] = 0
-    return options | pooling_options(shelf.model, settings.proxy, None, None)
+    options["proxy"] = proxy_of(shelf.model, settings.proxy)
+    return options | pooling_options(shelf.model, options["proxy"], None, None)
 
 
 def plan(
@@ -418,8 +420,13 @@ class OwnMethod:
         kept = {k: v for k, v in asdict(self.chosen).items() if k not in unused}
         return {"method": self.name, **kept}
 
+    def on(self, model: Model) -> OwnMethod:
+        """Itself with the proxy that "auto" means for a model, which results state."""
+        chosen = replace(self.chosen, proxy=proxy_of(model, self.chosen.proxy))
+        return replace(self, chosen=chosen)
+
     def open(self, shelf: Shelf, document: Document) -> Reading:
-        s = self.chosen
+        s = self.on(shelf.model).chosen
         if self.name in CHOICES:
             excerpt, shape = shaped(shelf, document, s)
             options = {k: shape[k] for k in ("interval", *KEPT)} | {"proxy": s.proxy}

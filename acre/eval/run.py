@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from acre.eval import engines
-from acre.eval.methods import Method, Settings, make_all
+from acre.eval.methods import Method, OwnMethod, Settings, make_all
 from acre.eval.pictures import draw
 from acre.eval.prepare import Ask, Prepared, prepare
 from acre.eval.readers import Data
@@ -133,6 +133,7 @@ def evaluate(
         None if depths is None else tuple(depths), texts, seed,
     )  # fmt: skip
     opened, spec = _open(model)
+    chosen = [m.on(opened) if isinstance(m, OwnMethod) else m for m in chosen]
     if opened.tokenizer is None:
         raise ValueError("model: has no tokenizer, evaluation needs one")
     prepared = prepare(names, data, ask, lambda t: len(opened.tokenizer.encode(t)))

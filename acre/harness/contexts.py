@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from acre import _core
-from acre.build import Figures, State, build_options, pooling_options
+from acre.build import Figures, State, build_options, pooling_options, proxy_of
 from acre.cache import SELECTS
 from acre.generate import integer
 from acre.report import Layout
@@ -48,7 +48,7 @@ class Reading:
     window: int = 4096
     stride: int = 2048
     carry: int = 0
-    proxy: str = "pooled"
+    proxy: str = "auto"
     weight: int | None = None
     sink: bool | None = None
 
@@ -134,6 +134,7 @@ class Contexts:
     """
 
     def __init__(self, model: Model, reading: Reading) -> None:
+        reading = replace(reading, proxy=proxy_of(model, reading.proxy))
         self.model = model
         self.reading = reading
         self.caches_read = self.caches_extended = 0

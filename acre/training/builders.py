@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from acre.eval import probes
 from acre.eval.planted import simple
-from acre.train.forms import GAP, Item, Record
+from acre.training.forms import GAP, Item, Record
 
 NEEDLES = ("needle", "niah_single", "niah_multikey", "niah_multivalue",
            "niah_multiquery", "vt")  # fmt: skip
@@ -27,7 +27,7 @@ HELD = 1 << 28  # characters of material that are held in memory
 CHARS = 6  # characters per token that no text reaches on average
 SENTENCE = re.compile(r"(?<![^\s\"'])[A-Z][^.!?\r\n]{60,300}[.!?]")
 TRIES, MOST_WORDS = 20, 24
-log = logging.getLogger("acre.train")
+log = logging.getLogger("acre.training")
 
 
 @dataclass(frozen=True)

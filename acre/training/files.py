@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from acre.eval.readers import ENDINGS, Source, read_rows
-from acre.train.forms import Item, parse
+from acre.training.forms import Item, parse
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 SHOWN = 10  # warnings per reason; later ones are only counted
-log = logging.getLogger("acre.train")
+log = logging.getLogger("acre.training")
 
 
 class Skipped:

@@ -17,9 +17,9 @@ from typing import Any
 from acre.chat import Frame
 from acre.generate import integer
 from acre.model import Model
-from acre.train.examples import INTERVALS, Example, Maker, Shape
-from acre.train.files import Skipped
-from acre.train.sources import opened
+from acre.training.examples import INTERVALS, Example, Maker, Shape
+from acre.training.files import Skipped
+from acre.training.sources import opened
 
 Mix = str | Sequence[str] | Mapping[str, float]
 

@@ -19,7 +19,7 @@ import numpy as np
 from acre.chat import Frame
 from acre.generate import integer
 from acre.model import Model, check_ids
-from acre.train.forms import Record
+from acre.training.forms import Record
 
 INTERVALS = (8, 16, 32, 64, 128)
 Skip = Callable[[str, str], None]  # takes the reason and what was found

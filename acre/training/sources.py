@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from acre.train.builders import BUILDERS, Builder, Material, Order
-from acre.train.examples import ORDINARY, Example, Maker
-from acre.train.files import Skipped, digest, find_files, items
-from acre.train.forms import Item, Record
+from acre.training.builders import BUILDERS, Builder, Material, Order
+from acre.training.examples import ORDINARY, Example, Maker
+from acre.training.files import Skipped, digest, find_files, items
+from acre.training.forms import Item, Record
 
 FAILURES = 100  # samples of a builder in a row that may fail
 UNBUILT = "sample that could not be built"
