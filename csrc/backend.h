@@ -176,7 +176,9 @@ typedef struct acre_backend_ops {
                      int64_t rows);
   void (*matrix_set)(acre_queue *, acre_matrix *W, int64_t row, const float *x,
                      int64_t rows);
-  /* W^T [K, N], for products with the other side of W; of T even where W is kept as q8. */
+  /* W^T [K, N], for products with the other side of W; of T even where W is kept as q8. Where
+   * *out is not NULL it is what this call once gave for W and follows W's new numbers, which
+   * cannot fail. */
   acre_status (*matrix_transpose)(acre_queue *, acre_matrix **out, const acre_matrix *W,
                                   acre_error *);
 

@@ -39,10 +39,8 @@ acre_status acre_reverse_l1(acre_reverse *reverse, const acre_model *model,
                             acre_queue *queue, acre_error *error) {
   const acre_backend_ops *ops = model->backend->ops;
   for (int64_t i = 0; i < model->config.layers; ++i) {
-    acre_matrix **matrix = &reverse->layers[i].l1_qkv;
-    ops->matrix_release(*matrix);
-    *matrix = NULL;
-    ACRE_TRY(ops->matrix_transpose(queue, matrix, model->layers[i].l1_qkv, error));
+    ACRE_TRY(ops->matrix_transpose(queue, &reverse->layers[i].l1_qkv,
+                                   model->layers[i].l1_qkv, error));
   }
   return ops->sync(queue, error);
 }

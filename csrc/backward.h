@@ -9,7 +9,7 @@
 #include "forward.h"
 
 /* A model's matrices the other way round, for dx = dy W. Those of L1 tokens follow their
- * parameters (acre_reverse_l1). A zeroed one is closed. */
+ * parameters by acre_reverse_l1, which after opening cannot fail. A zeroed one is closed. */
 typedef struct acre_reverse_layer {
   acre_matrix *qkv, *l1_qkv, *out, *gate, *up, *down;
 } acre_reverse_layer;

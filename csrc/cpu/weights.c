@@ -272,8 +272,10 @@ static void turn_task(void *context, int64_t index, int32_t worker) {
 
 acre_status acre_cpu_matrix_transpose(acre_queue *queue, acre_matrix **out,
                                       const acre_matrix *W, acre_error *error) {
-  ACRE_TRY(acre_cpu_matrix_create(&W->backend->base, out, W->K, W->N, W->dtype,
-                                  ACRE_WEIGHTS_SAME, error));
+  if (!*out) {
+    ACRE_TRY(acre_cpu_matrix_create(&W->backend->base, out, W->K, W->N, W->dtype,
+                                    ACRE_WEIGHTS_SAME, error));
+  }
   turn_job job = {W, *out};
   acre_pool_run(queue->pool, turn_task, &job, acre_ceil_div(W->K, TURN_K));
   return ACRE_OK;

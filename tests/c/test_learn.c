@@ -68,7 +68,7 @@ static float *by_products(int i, const acre_matrix *W, int64_t N, int64_t K,
 static void check_transpose(int i, const acre_matrix *W, const float *w,
                             const matrix_case *c) {
   const acre_backend_ops *ops = backends[i]->ops;
-  acre_matrix *turned;
+  acre_matrix *turned = NULL;
   CHECK(ops->matrix_transpose(queues[i], &turned, W, NULL) == ACRE_OK);
   float *rows = nans(c->K * c->N);
   float *products = by_products(i, turned, c->K, c->N, c->dtype);
@@ -133,7 +133,7 @@ static void test_matrices(void) {
     test_matrix((matrix_case){sizes[s][0], sizes[s][1], ACRE_BF16, ACRE_WEIGHTS_Q8});
   }
   float w[6] = {0};
-  acre_matrix *turned, *W = make_matrix(0, &(matrix_case){2, 3, ACRE_F32, 0}, w);
+  acre_matrix *turned = NULL, *W = make_matrix(0, &(matrix_case){2, 3, ACRE_F32, 0}, w);
   for (int64_t n = 1; n <= 3; n++) {
     acre_alloc_fail_at(n);
     CHECK(backends[0]->ops->matrix_transpose(queues[0], &turned, W, NULL) ==
@@ -141,7 +141,17 @@ static void test_matrices(void) {
           !turned);
   }
   acre_alloc_fail_at(0);
-  backends[0]->ops->matrix_release(W);
+  const acre_backend_ops *ops = backends[0]->ops;
+  CHECK(ops->matrix_transpose(queues[0], &turned, W, NULL) == ACRE_OK);
+  float news[6] = {1, 2, 3, 4, 5, 6}, rows[6];
+  ops->matrix_set(queues[0], W, 0, news, 2);
+  acre_alloc_fail_at(1); /* the second time nothing is allocated */
+  CHECK(ops->matrix_transpose(queues[0], &turned, W, NULL) == ACRE_OK);
+  acre_alloc_fail_at(0);
+  ops->matrix_get(queues[0], rows, turned, 0, 3);
+  CHECK(rows[0] == 1 && rows[1] == 4 && rows[2] == 2 && rows[5] == 6);
+  ops->matrix_release(turned);
+  ops->matrix_release(W);
 }
 
 /* ---------------------------------------------------------------- rows */

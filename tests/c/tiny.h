@@ -96,7 +96,7 @@ static acre_model *tiny_model(acre_engine *engine, acre_dtype dtype, bool traine
   return NULL;
 }
 
-static acre_build_options tiny_options(acre_proxy proxy) {
+static inline acre_build_options tiny_options(acre_proxy proxy) {
   acre_build_options options = acre_build_options_default();
   options.proxy = proxy;
   options.interval = 4;
@@ -112,9 +112,9 @@ static void tiny_ids(int32_t *ids, int64_t n, uint64_t seed) {
 }
 
 /* The whole build; NULL with *error filled. */
-static acre_cache *tiny_build(acre_model *model, const acre_build_options *options,
-                              const acre_cache *from, int64_t keep, const int32_t *ids,
-                              int64_t n, acre_error *error) {
+static inline acre_cache *tiny_build(acre_model *model, const acre_build_options *options,
+                                     const acre_cache *from, int64_t keep,
+                                     const int32_t *ids, int64_t n, acre_error *error) {
   acre_builder *builder = NULL;
   acre_cache *cache = NULL;
   int64_t done = 0, total = 1;
@@ -129,9 +129,10 @@ static acre_cache *tiny_build(acre_model *model, const acre_build_options *optio
 }
 
 /* Score, refill, prefill and a few tokens of a question; logits [TINY_VOCAB] at the end. */
-static acre_status tiny_ask(acre_model *model, acre_cache *cache, const int32_t *question,
-                            int64_t t, int64_t eta, int32_t *answer, int64_t count,
-                            float *logits, acre_error *error) {
+static inline acre_status tiny_ask(acre_model *model, acre_cache *cache,
+                                   const int32_t *question, int64_t t, int64_t eta,
+                                   int32_t *answer, int64_t count, float *logits,
+                                   acre_error *error) {
   acre_session *session = NULL;
   float scores[TINY_W_MAX];
   int32_t groups[TINY_W_MAX];
