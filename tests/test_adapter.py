@@ -362,6 +362,10 @@ def test_merging_replaces_what_was_merged(place, tmp_path):
     assert np.array_equal(trained_logits(opened(tmp_path / "two", None)), expected)
     again = opened(tmp_path / "one", tmp_path / "other")
     assert np.array_equal(trained_logits(again), expected)
+    pack_adapter(tmp_path / "other", tmp_path / "int8", path / "model")
+    packed = opened(path / "model", tmp_path / "int8")
+    over = opened(tmp_path / "one", tmp_path / "int8")
+    assert np.array_equal(trained_logits(over), trained_logits(packed))
 
 
 def test_merging_needs_room_and_a_directory(place, tmp_path, monkeypatch):
@@ -464,6 +468,9 @@ def test_train_refuses_another_run(fake, tmp_path):
     start = fake.read("parameters")
     train(toy.model(), tmp_path)
     fake.write("parameters", start)
+    with pytest.raises(ValueError, match="steps: 4, now 5"):
+        train(toy.model(), tmp_path, steps=5)
+    shutil.rmtree(tmp_path / "checkpoints")  # run.json says it, too
     with pytest.raises(ValueError, match="steps: 4, now 5"):
         train(toy.model(), tmp_path, steps=5)
     with pytest.raises(ValueError, match="holds a run already"):

@@ -19,6 +19,7 @@ from tokenizers import processors
 
 import acre
 from acre import _core
+from acre.fingerprints import Prints
 from acre.harness.contexts import Contexts, Reading, last_lines
 
 pytest.importorskip("lm_eval")
@@ -377,7 +378,7 @@ def test_arguments_come_as_text_or_values(model):
     assert lm.get_model_info()["acre"]["eta"] == 512
     mute = toy.tokenizer()
     mute.bos_id = 0  # named, but not put before a text
-    named = acre.Model(model.core, mute, "named", ("", ""))
+    named = acre.Model(model.core, mute, "named", Prints("", "", ""))
     ids = lm.tok_encode("a")
     assert AcreLM(named, add_bos_token="true").tok_encode("a") == [0, *ids]
     assert AcreLM(named, add_bos_token="true").tok_encode("<|endoftext|>a") == [0, *ids]

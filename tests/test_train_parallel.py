@@ -185,14 +185,16 @@ def test_nobody_comes():
         Sockets(where, 1.0, meeting=0.1)
 
 
-def test_strangers_do_not_disturb():
-    """A caller that says nothing sensible is sent away, and the others are let in."""
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b""])
+def test_strangers_do_not_disturb(said):
+    """A caller that says nothing sensible, or nothing, is sent away, and the others are
+    let in."""
     port = free_port()
     out: list = []
 
     def zero():
         where = Place(0, 2, 0, "127.0.0.1", port, KEY)
-        group = Sockets(where, 5.0, meeting=30.0)
+        group = Sockets(where, 1.0, meeting=30.0)
         out.append(group.exchange(0))
         group.close()
 
@@ -204,12 +206,12 @@ def test_strangers_do_not_disturb():
             break
         except OSError:
             time.sleep(0.02)
-    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    stranger.close()
+    stranger.sendall(said)
     group = Sockets(Place(1, 2, 0, "127.0.0.1", port, KEY), 5.0)
     assert group.exchange(1) == [0, 1]
     group.close()
     thread.join(30)
+    stranger.close()
     assert out == [[0, 1]]
 
 
