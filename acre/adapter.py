@@ -11,6 +11,7 @@ Files of others, the authors' among them, name no base and are taken at their wo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from acre.errors import ModelFileError
 from acre.fields import short
 from acre.fingerprints import Prints, widened
 from acre.hf import Tensor, is_acre_name
+from acre.scoring import Scoring, from_record
 
 if TYPE_CHECKING:
     from acre.loaders import Source
@@ -105,6 +107,19 @@ class Adapter:
                 f"{list(scale.shape)} scales, its base is {list(base.shape)}"
             )
         return rescaled(base, kind, packed.read()[0], scale.read()[0])
+
+    def scoring(self, layers: int, heads: int) -> Scoring | None:
+        """How groups are best scored with these parameters, where the file says it.
+        ModelFileError for what this model has not."""
+        said = self.metadata.get("scoring")
+        if said is None:
+            return None
+        try:
+            return from_record(json.loads(said), layers, heads)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelFileError(
+                f"{self.path}: scoring {short(said)}: {error}"
+            ) from error
 
     def check(self, prints: Prints) -> None:
         """ModelFileError unless the base is the one that was trained on.

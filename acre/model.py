@@ -248,7 +248,12 @@ class Model:
         if adapter is not None:
             adapter.check(prints)
         core.ready()
-        return cls(core, tokenizer, name, prints)
+        model = cls(core, tokenizer, name, prints)
+        if adapter is not None:
+            chosen = adapter.scoring(model.config["layers"], model.config["heads"])
+            if chosen is not None:
+                model.scoring["trained"] = chosen
+        return model
 
     def __repr__(self) -> str:
         c = self.config

@@ -10,7 +10,7 @@ kept in scoring.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -42,6 +42,36 @@ class Scoring:
         if self.heads is not None:
             object.__setattr__(self, "heads", np.asarray(self.heads))
 
+    def record(self) -> dict[str, Any]:
+        """As JSON values: heads as [layer, head] pairs, or None."""
+        pairs = None if self.heads is None else np.argwhere(self.heads).tolist()
+        return {"heads": pairs, "rotated": self.rotated, "calibrated": self.calibrated}
+
+
+def head_mask(pairs: Iterable[Sequence[int]], layers: int, heads: int) -> np.ndarray:
+    """uint8 [L, h] with the (layer, head) pairs set. TypeError, ValueError."""
+    mask = np.zeros((layers, heads), dtype=np.uint8)
+    for pair in pairs:
+        layer, head = (int(number) for number in pair)
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise ValueError(
+                f"heads: got ({layer}, {head}), the model has {layers} layers of "
+                f"{heads} heads"
+            )
+        mask[layer, head] = 1
+    if not mask.any():
+        raise ValueError("heads: got none, expected (layer, head) pairs")
+    return mask
+
+
+def from_record(record: Mapping[str, Any], layers: int, heads: int) -> Scoring:
+    """What `Scoring.record` wrote. TypeError, ValueError, KeyError."""
+    mask = None
+    if record.get("heads") is not None:
+        mask = head_mask(record["heads"], layers, heads)
+    rotated, calibrated = record.get("rotated", True), record.get("calibrated", False)
+    return Scoring(mask, bool(rotated), bool(calibrated))
+
 
 def registered(keys: Iterable[str], layers: int, heads: int) -> dict[str, Scoring]:
     """The choice per proxy: that of the first key in scoring.json, or the default.
@@ -50,7 +80,9 @@ def registered(keys: Iterable[str], layers: int, heads: int) -> dict[str, Scorin
     "calibrated": bool}, "pooling": {"weight": int, "sink": int}}.
     """
     known = _known(keys)
-    return {proxy: _entry(known.get(proxy, {}), layers, heads) for proxy in PROXIES}
+    return {
+        proxy: from_record(known.get(proxy, {}), layers, heads) for proxy in PROXIES
+    }
 
 
 def pooling(keys: Iterable[str]) -> dict[str, int]:
@@ -63,15 +95,6 @@ def _known(keys: Iterable[str]) -> dict[str, Any]:
     text = resources.files("acre").joinpath("scoring.json").read_text("utf-8")
     table = json.loads(text)
     return next((table[key] for key in keys if key in table), {})
-
-
-def _entry(entry: dict[str, Any], layers: int, heads: int) -> Scoring:
-    mask = None
-    if entry.get("heads"):
-        mask = np.zeros((layers, heads), dtype=np.uint8)
-        for layer, head in entry["heads"]:
-            mask[layer, head] = 1
-    return Scoring(mask, entry.get("rotated", True), entry.get("calibrated", False))
 
 
 def own_question(ids: np.ndarray, most: int) -> np.ndarray:

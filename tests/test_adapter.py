@@ -500,6 +500,49 @@ def test_ctrl_c_is_130(fake, place, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_the_choice_of_heads_travels(fake, place, tmp_path, monkeypatch):
+    """Evidence trains some heads; the adapter says which, its model scores by them."""
+    path, _, base = place
+    seen: list = []
+    learn = fake.accumulate
+
+    def told(ids, **arguments):
+        seen.append(arguments.get("heads"))
+        return learn(ids, **arguments)
+
+    class Known(fakes.Stream):
+        def __next__(self):
+            example = super().__next__()
+            example.evidence = np.ones(len(example.ids), bool)
+            return example
+
+    monkeypatch.setattr(fake, "accumulate", told)
+    pairs = [(0, 1), (1, 0)]
+    acre.train(base, "stage2", Known(), tmp_path / "run", steps=2, batch_tokens=20,
+               evidence_heads=pairs, progress=False)  # fmt: skip
+    assert seen and all(np.argwhere(mask).tolist() == [[0, 1], [1, 0]] for mask in seen)
+    said = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert said["heads"] == [[0, 1], [1, 0]]
+    metadata = SafetensorsFile(tmp_path / "run" / "adapter.safetensors").metadata
+    for scoring, wanted in ((metadata["scoring"], [[0, 1], [1, 0]]), ("null", None)):
+        kept = describe(base.prints, "model", **KEYS, scoring=scoring)
+        write_adapter(tmp_path / "a.safetensors", place[1], kept)
+        if wanted is None:
+            with pytest.raises(ModelFileError, match="scoring"):
+                opened(path / "model", tmp_path / "a.safetensors")
+            continue
+        model = opened(path / "model", tmp_path / "a.safetensors")
+        assert np.argwhere(model.scoring["trained"].heads).tolist() == wanted
+        assert model.scoring["pooled"].heads is None
+
+
+@pytest.mark.parametrize("pairs", [[(0, 9)], [(5, 0)], [(-1, 0)], []])
+def test_heads_that_the_model_has_not(fake, place, tmp_path, pairs):
+    with pytest.raises(ValueError, match="heads"):
+        acre.train(place[2], "stage2", fakes.Stream(), tmp_path, steps=1,
+                   evidence_heads=pairs, progress=False)  # fmt: skip
+
+
 @pytest.mark.skipif(not hasattr(_core, "Trainer"), reason="no trainer in this build")
 def test_the_real_trainer(tmp_path):
     """Stopped and resumed it is the same run, and its adapter opens."""

@@ -73,11 +73,20 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
                        metavar="N", help="of an example, or a range")  # fmt: skip
     group.add_argument("--intervals", type=int, nargs="+",
                        default=[8, 16, 32, 64, 128], metavar="L")  # fmt: skip
+    group.add_argument("--evidence-heads", type=_pair, nargs="+", metavar="LAYER.HEAD",
+                       help="that the evidence term trains, and that then score; "
+                       "default: the last layer's")  # fmt: skip
     for name, (kind, default, words) in NUMBERS.items():
         said = words if default is None else f"{words}; default {default}".strip("; ")
         group.add_argument(f"--{name}", type=kind, default=default, help=said)
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                        help="go on with the run that --out holds")  # fmt: skip
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """(layer, head) of LAYER.HEAD; ValueError."""
+    layer, head = text.split(".")
+    return int(layer), int(head)
 
 
 def mix(sources: list[str]) -> dict[str, float]:
@@ -105,7 +114,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     done = train(
         open_model(arguments), arguments.stage, mix(arguments.data), arguments.out,
         length=length[0] if len(length) == 1 else tuple(length),
-        intervals=arguments.intervals, resume=arguments.resume,
+        intervals=arguments.intervals, evidence_heads=arguments.evidence_heads,
+        resume=arguments.resume,
         held_out=mix(arguments.held_out) if arguments.held_out else None, **options,
     )  # fmt: skip
     if done.ended_early:

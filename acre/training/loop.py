@@ -121,7 +121,8 @@ class Folder:
 class Loop:
     """One run. trainer, stream: of this process; folder: None but for rank 0. facts:
     what decides the run's numbers. held_out: examples to measure, of this rank, as many
-    as every other has (None fills up)."""
+    as every other has (None fills up). heads: bool [L, h] of the evidence term, None =
+    the last layer's."""
 
     def __init__(
         self,
@@ -136,7 +137,9 @@ class Loop:
         held_out: Sequence[Example | None] = (),
         evaluate_every: int = 0,
         progress: Progress = True,
+        heads: np.ndarray | None = None,
     ) -> None:
+        self.heads = heads
         self.trainer, self.stream, self.settings = trainer, stream, settings
         self.facts, self.folder, self.group = facts, folder, group or Alone()
         self.save_every, self.evaluate_every = save_every, evaluate_every
@@ -241,6 +244,7 @@ class Loop:
         arguments = example.arguments()
         if example.evidence is not None:
             arguments["evidence_weight"] = self.settings.evidence_weight
+            arguments["heads"] = self.heads
         try:
             got = self.trainer.accumulate(example.ids, gradients=gradients, **arguments)
         except ValueError as error:

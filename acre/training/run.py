@@ -28,6 +28,7 @@ from acre.eval.results import versions, write_atomically
 from acre.generate import integer
 from acre.loaders import ADAPTER
 from acre.model import Model
+from acre.scoring import Scoring, head_mask
 from acre.training.adapter import describe, settings_of, write_adapter
 from acre.training.checkpoint import Learner, check_facts
 from acre.training.examples import INTERVALS, Example
@@ -74,6 +75,7 @@ def train(
     carry: int = 0,
     intervals: Sequence[int] = INTERVALS,
     evidence_weight: float = 0.0,
+    evidence_heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     passes: int | None = None,
     save_every: int = 100,
@@ -99,8 +101,10 @@ def train(
     clip: greatest norm of a gradient, 0 = any. length: tokens of an example, or (least,
     most). window, stride, carry: as `Model.build`. intervals: what l of each window is
     drawn from. evidence_weight: the term that rewards attention to known evidence
-    counts like so many tokens. passes: over the files; None = 1 in stage 1, 2 in
-    stage 2. length ... intervals and passes are a given stream's own affair.
+    counts like so many tokens; evidence_heads: the (layer, head) pairs that it trains
+    and that then score questions, None = the last layer's. passes: over the files; None
+    = 1 in stage 1, 2 in stage 2. length ... intervals and passes are a given stream's
+    own affair.
 
     save_every: steps between checkpoints, of which the last `keep` stay. held_out: data
     whose loss is measured every `evaluate_every` steps, on its first examples. resume:
@@ -117,11 +121,13 @@ def train(
         stage, steps, tokens, lr, warmup, batch_tokens, clip=clip,
         weight_decay=weight_decay, beta1=beta1, beta2=beta2,
         evidence_weight=evidence_weight, seed=seed,
+        heads=_pairs(evidence_heads),
     )  # fmt: skip
     integer("save_every", save_every, 1)
     integer("keep", keep, 1)
     integer("evaluate_every", evaluate_every, 1)
     opened = _open(model, adapter)
+    scoring = _scoring(opened, settings)
     shape = {"window": window, "stride": stride, "carry": carry}
     shape |= {"length": length, "intervals": tuple(intervals), "seed": seed}
     shape["passes"] = PASSES[stage] if passes is None else passes
@@ -132,14 +138,14 @@ def train(
         trainer = _core.Trainer(opened.core)
         facts = run_facts(opened, trainer, settings, peers)
         metadata = describe(
-            opened.prints, opened.name, stage=stage,
+            opened.prints, opened.name, stage=stage, scoring=scoring.record(),
             **settings_of(window, stride, intervals),
         )  # fmt: skip
         folder = open_folder(Path(out), facts, metadata, keep, resume, peers)
         loop = Loop(
             trainer, stream, settings, facts, folder, peers, save_every=save_every,
             held_out=checked, evaluate_every=evaluate_every if checked else 0,
-            progress=progress,
+            progress=progress, heads=scoring.heads,
         )  # fmt: skip
         return finish(loop, Path(out))
     finally:
@@ -180,6 +186,22 @@ def _open(
     if adapter is not None:
         raise ValueError("adapter: the model is open; open it with this adapter")
     return model
+
+
+def _pairs(
+    heads: Sequence[tuple[int, int]] | None,
+) -> tuple[tuple[int, int], ...] | None:
+    """(layer, head) pairs as integers."""
+    return None if heads is None else tuple((int(a), int(b)) for a, b in heads)
+
+
+def _scoring(model: Model, settings: Settings) -> Scoring:
+    """How the trained entries are scored: by the heads of the evidence term, or as the
+    model's own L1 parameters were."""
+    if settings.heads is None:
+        return model.scoring["trained"]
+    sizes = (model.config[name] for name in ("layers", "heads"))
+    return Scoring(head_mask(settings.heads, *sizes))
 
 
 def _stream(model: Model, data: Any, shape: dict[str, Any], group: Group) -> Examples:

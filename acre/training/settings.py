@@ -25,7 +25,8 @@ class Settings:
     steps: updates in all. batch_tokens: an update follows as soon as the examples since
     the last one have so many tokens, those of all processes together. lr: peak rate;
     warmup: steps up to it. clip: greatest norm of a gradient, 0 = any. evidence_weight:
-    the evidence term counts like so many tokens. ValueError, TypeError.
+    the evidence term counts like so many tokens; heads: (layer, head) pairs whose
+    attention it is about, None = the last layer's. ValueError, TypeError.
     """
 
     stage: str
@@ -39,6 +40,7 @@ class Settings:
     beta2: float = 0.95
     evidence_weight: float = 0.0
     seed: int = 0
+    heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -55,7 +57,8 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        pairs = self.heads and [list(pair) for pair in self.heads]
+        return {**asdict(self), "heads": pairs}
 
 
 def _number(name: str, value: Any, below: float, above: float | None = None) -> None:
