@@ -1,0 +1,123 @@
+"""What trained L1 parameters change: perplexity, recall of evidence, answers.
+
+    ACRE_DATA=DIR python benchmarks/adapters.py --out DIR [--what perplexity recall]
+        [--lengths 8192 32768] NAME=ADAPTER ...
+
+Takes adapters by name (folders of `acre train` or files) and a model (SmolLM2-135M from
+its package by default); prints one table per measurement: each adapter's L1 entries at
+every interval beside untrained and pooled ones, and what the same model does without
+any: full attention, a sink and a sliding window of as many keys, BM25, random groups.
+Finished samples stay in --out, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_cpu import smollm2
+
+import acre
+from acre.eval.report import table
+
+INTERVALS = (8, 16, 32, 64, 128)
+READING = {"window": 1024, "stride": 1024}
+RECALL = {
+    "task": "task", "length": "tokens", "entries": "way", "count": "n",
+    "recall": "recall", "score": "score", "stderr": "+-", "attended": "entries",
+}  # fmt: skip
+FACTS = ("needle", "kv", "nq")
+
+
+def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, acre.Model, str]]:
+    """(name, model, proxy) of each kind of L1 entries; one model in memory at once."""
+    path = arguments.model or str(smollm2())
+    yield "pooled", acre.Model.from_pretrained(path), "pooled"
+    yield "untrained", acre.Model.from_pretrained(path), "trained"
+    for named in arguments.adapters:
+        name, _, adapter = named.partition("=")
+        yield name, acre.Model.from_pretrained(path, adapter=adapter), "trained"
+
+
+def run(
+    model: acre.Model, tasks: Sequence[str], methods: list[str], out: Path, **more: Any
+) -> list[dict[str, Any]]:
+    """Rows of an evaluation; questions that do not apply have no score."""
+    report = acre.evaluate(
+        tasks, model, os.environ["ACRE_DATA"], methods, out, **READING, **more
+    )
+    return report.table()
+
+
+def perplexity(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
+    """A row per kind of entries: perplexity at every interval."""
+    rows: list[dict[str, Any]] = []
+    for name, model, proxy in variants(arguments):
+        labels = {f"acre:interval={n},proxy={proxy}": f"l={n}" for n in INTERVALS}
+        if name == "pooled":
+            labels |= {f"stream:interval={n}": f"l={n}" for n in INTERVALS}
+            labels |= {"full": "full"}
+        out = arguments.out / f"perplexity-{length}-{name}"
+        found = run(
+            model, ["books"], [*labels], out, lengths=(length,), eta=512,
+            texts=arguments.texts, carry=arguments.carry,
+        )  # fmt: skip
+        for row in found:
+            way = row["method"].split(":")[0]
+            shown = name if way == "acre" else f"{way} of as many keys"
+            if way == "full":
+                shown = "full attention"
+            if not rows or rows[-1]["entries"] != shown:
+                rows.append({"entries": shown, "length": length, "n": row["count"]})
+            rows[-1][labels[row["method"]]] = row["score"]
+    return rows
+
+
+def recall(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
+    """A row per task and kind of entries, at eta = 2048."""
+    rows = []
+    for name, model, proxy in variants(arguments):
+        labels = {f"acre:proxy={proxy}": name}
+        if name == "pooled":
+            labels |= {"random-refill": "random groups", "bm25": "bm25"}
+            labels |= {"full": "full attention"}
+        out = arguments.out / f"recall-{length}-{name}"
+        for row in run(
+            model, FACTS, [*labels], out, lengths=(length,), eta=2048,
+            texts=arguments.texts, questions=arguments.questions,
+            limit=arguments.questions * arguments.texts,
+        ):  # fmt: skip
+            shown = {"entries": labels[row["method"]], "attended": row.get("entries")}
+            rows.append({**row, **shown, "length": length})
+    return sorted(rows, key=lambda row: row["task"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("adapters", nargs="*", metavar="NAME=ADAPTER")
+    parser.add_argument("--model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--what", nargs="+", default=["perplexity", "recall"],
+                        choices=("perplexity", "recall"))  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--questions", type=int, default=10)
+    parser.add_argument("--carry", type=int, default=0)
+    arguments = parser.parse_args()
+    if not os.environ.get("ACRE_DATA"):
+        sys.exit("set ACRE_DATA to the folder of books.dev, nq_passages.dev")
+    for length in arguments.lengths:
+        if "perplexity" in arguments.what:
+            columns = {"entries": "L1 entries", "length": "tokens", "n": "n"}
+            columns |= {"full": "full"} | {f"l={n}": f"l={n}" for n in INTERVALS}
+            print("\n" + table(perplexity(arguments, length), columns), flush=True)
+        if "recall" in arguments.what:
+            print("\n" + table(recall(arguments, length), RECALL), flush=True)
+
+
+if __name__ == "__main__":
+    main()
