@@ -64,7 +64,7 @@ def perplexity(arguments: argparse.Namespace, length: int) -> list[dict[str, Any
         out = arguments.out / f"perplexity-{length}-{name}"
         found = run(
             model, ["books"], [*labels], out, lengths=(length,), eta=512,
-            texts=arguments.texts, carry=arguments.carry,
+            limit=arguments.texts, carry=arguments.carry,
         )  # fmt: skip
         for row in found:
             way = row["method"].split(":")[0]
