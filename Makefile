@@ -8,15 +8,24 @@ CC     ?= cc
 CFLAGS  ?= -O3 -g
 ACRE_CFLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -fPIC -fvisibility=hidden \
                -ffp-contract=off -fno-math-errno -pthread -Icsrc
-LIBS    := -lm -pthread
+LIBS    := -lm -ldl -pthread
 
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
+HOST_CUDA := $(wildcard cuda/*.cu cuda/host/*.cpp)
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/host/*.h)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c))))
+
+# The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
+ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -fPIC \
+                 -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics \
+                 -fno-strict-aliasing -ffp-contract=off -fno-math-errno -pthread \
+                 -Icuda/host -Icuda -Icsrc
 
 BUILD   := build/c
 JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
 
 .PHONY: help build test ctest demo bench bench-check bench-peers asan tsan fmt lint wheel \
         clean
@@ -79,8 +88,22 @@ $(BUILD)/%.o: %.c $(HEADERS)
 $(BUILD)/libacre.a: $(OBJECTS)
 	$(AR) rcs $@ $^
 
-$(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BUILD)/libacre.a
-	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
+$(BUILD)/cuda/%.o: cuda/% $(HEADERS) $(CUDA_HEADERS)
+	@mkdir -p $(dir $@)
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -x c++ -c $< -o $@
+
+$(BUILD)/libacre_cuda.a: $(CUDA_OBJECTS)
+	$(AR) rcs $@ $^
+
+$(BUILD)/libcublasLt.so.13: cuda/host/cublaslt.cpp cuda/cublaslt.h
+	@mkdir -p $(dir $@)
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -fvisibility=default -shared $< -o $@
+
+TEST_LIBS := $(BUILD)/libacre_cuda.a $(BUILD)/libacre.a
+$(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h cuda/host/host.h) $(TEST_LIBS) \
+                 $(BUILD)/libcublasLt.so.13
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c -Icuda/host -DACRE_TEST_CUDA='"$(BUILD)"' $< \
+	  $(TEST_LIBS) -o $@ $(LIBS)
 
 $(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h tests/c/cases.h $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
