@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acre import _core, generate, loaders
+from acre import _core, devices, generate, loaders
 from acre.errors import ModelFileError
 from acre.fingerprints import Fingerprints, Prints
 from acre.generate import Sampling, Stream, Streamer, integer
@@ -63,12 +63,17 @@ def check_weights(weights: Any, dtype: str) -> str:
 def _engine(device: str, threads: int) -> _core.Engine:
     """Opens the device; clear errors for what this build lacks."""
     if not isinstance(device, str):
-        raise TypeError(f"device: got {type(device).__name__}, expected 'cpu'")
-    if device.split(":")[0] in ("cuda", "gpu"):
-        raise NotImplementedError(f"device: this build has no {device!r}, only 'cpu'")
-    if device != "cpu":
-        raise ValueError(f"device: got {device!r}, expected 'cpu'")
-    return _core.Engine(device=device, threads=integer("threads", threads, 0, 1024))
+        kind = type(device).__name__
+        raise TypeError(f"device: got {kind}, expected 'cpu', 'cuda' or 'cuda:N'")
+    threads = integer("threads", threads, 0, 1024)
+    if device == "cpu":
+        return _core.Engine(device=device, threads=threads)
+    return _core.Engine(
+        device=device,
+        threads=threads,
+        plugin=devices.cuda_plugin(),
+        libraries=devices.cuda_libraries(),
+    )
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:

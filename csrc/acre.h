@@ -102,10 +102,14 @@ typedef struct acre_engine acre_engine;
 
 typedef struct acre_engine_options {
   size_t struct_size;
-  const char *device; /* "cpu" (default) */
+  const char *device; /* "cpu" (default), "cuda" or "cuda:N" */
   int32_t threads;    /* worker threads incl. the caller; 0 = usable cores; <= 1024 */
   const char *isa;    /* NULL = best; "scalar", "avx2", "avx512" or "avx512_bf16" to cap
                          the ladder */
+  /* For "cuda": the file of the backend, and directories to look for cuBLASLt in before the
+   * loader's own, ':' between. Both nullable; without a file the device is ACRE_UNSUPPORTED. */
+  const char *plugin;
+  const char *libraries;
 } acre_engine_options;
 
 ACRE_API acre_engine_options acre_engine_options_default(void);

@@ -70,7 +70,7 @@ struct attend_tile {
 /* One step of the online softmax: weights to shared memory. */
 template <class T>
 __device__ void weigh(const attend_call<T> &a, const attend_tile<T> &tile, int kv,
-                      int64_t item, int count, const float (&s)[OWN_ITEMS],
+                      int item, int count, const float (&s)[OWN_ITEMS],
                       running (&now)[OWN_ITEMS], float *p, float *factor) {
   int lane = (int)threadIdx.x % WARP;
   float bias = tile.bias && lane < tile.count ? tile.bias[lane] * LOG2E : 0.0f;
@@ -112,7 +112,7 @@ __device__ void add_values(const attend_call<T> &a, const attend_tile<T> &tile,
 
 /* What the block has, to `out` or, of several runs, to `partial`. */
 template <class T>
-__device__ void write_items(const attend_call<T> &a, int kv, int64_t item, int count,
+__device__ void write_items(const attend_call<T> &a, int kv, int item, int count,
                             int64_t run, const running (&now)[OWN_ITEMS], float *memory,
                             const attend_plan &plan) {
   float *sums = memory + plan.factor;
@@ -147,13 +147,14 @@ __device__ void write_items(const attend_call<T> &a, int kv, int64_t item, int c
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void attend_kernel(attend_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void attend_kernel(attend_call<T> a) {
   float *memory = (float *)acre_shared();
   attend_plan plan(a.d);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
-    int64_t run = b % a.runs, item = b / a.runs / a.kv_heads * ITEMS;
+    int64_t run = b % a.runs;
+    int item = (int)(b / a.runs / a.kv_heads) * ITEMS;
     int kv = (int)(b / a.runs % a.kv_heads);
-    int count = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+    int count = min(ITEMS, a.map.count(kv) - item);
     int64_t last_row = a.map.row(kv, item + count - 1);
     running now[OWN_ITEMS];
     for (int r = 0; r < OWN_ITEMS; r++) now[r] = running{-INFINITY, 0.0f};
@@ -243,7 +244,7 @@ void acre_cuda_attend(acre_queue *queue, void *out, int64_t out_stride, float *l
     a.heads = (int)heads->heads, a.kv_heads = (int)heads->kv_heads;
     a.d = (int)heads->head_dim;
     a.scale = (float)((double)LOG2E / sqrt((double)a.d));
-    a.map = item_map{rows, a.heads / a.kv_heads, NULL, NULL};
+    a.map = item_map{(int)rows, a.heads / a.kv_heads, NULL, NULL};
     if (prefix) set_keys(&a, 0, *prefix, prefix->count);
     set_keys(&a, 1, *own, seen + rows);
     if (split && rows == 1) share_out(queue, &a);

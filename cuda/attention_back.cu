@@ -50,8 +50,8 @@ template <class T>
 struct meeting {
   const T *keys, *values;
   const float *bias;
-  int64_t first, item;
-  int own, count, items, kv;
+  int64_t first;
+  int own, count, item, items, kv;
 
   __device__ void set_tile(const back_call<T> &a, int64_t index) {
     own = index >= a.tiles[0];
@@ -61,9 +61,9 @@ struct meeting {
     keys = a.keys[own] + at, values = a.values[own] + at;
     bias = a.bias[own] ? a.bias[own] + first : NULL;
   }
-  __device__ void set_items(const back_call<T> &a, int64_t from) {
+  __device__ void set_items(const back_call<T> &a, int from) {
     item = from;
-    items = (int)min((int64_t)ITEMS, a.map.count(kv) - from);
+    items = min(ITEMS, a.map.count(kv) - from);
   }
   __device__ bool sees(const back_call<T> &a, int i, int key) const {
     return i < items && key < count && (!own || first + key <= a.map.row(kv, item + i));
@@ -96,7 +96,7 @@ __device__ void weigh(const back_call<T> &a, const meeting<T> &m, float *memory)
     int own = own_item(r);
     float p = 0.0f, ds = 0.0f;
     if (m.sees(a, own, lane)) {
-      int64_t at = a.map.row(m.kv, m.item + own) * a.heads + a.map.head(m.kv, m.item + own);
+      int64_t at = (int64_t)a.map.row(m.kv, m.item + own) * a.heads + a.map.head(m.kv, m.item + own);
       p = exp2f(fminf(s[r] * a.scale + bias - a.lse[at], 1.0f));
       ds = p * a.factor * (dp[r] - a.delta[at]);
     }
@@ -107,14 +107,14 @@ __device__ void weigh(const back_call<T> &a, const meeting<T> &m, float *memory)
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void dq_kernel(back_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void dq_kernel(back_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int chunk = (int)(b % a.chunks) * CHUNK;
     meeting<T> m;
     m.kv = (int)(b / a.chunks % a.kv_heads);
-    m.set_items(a, b / a.chunks / a.kv_heads * ITEMS);
+    m.set_items(a, (int)(b / a.chunks / a.kv_heads) * ITEMS);
     int64_t last_row = a.map.row(m.kv, m.item + m.items - 1);
     int64_t end = a.tiles[0] + last_row / TILE + 1;
     float sum[ITEMS / SIDES] = {0.0f};
@@ -137,7 +137,7 @@ __global__ __launch_bounds__(TILE_THREADS) void dq_kernel(back_call<T> a) {
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void dkv_kernel(back_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void dkv_kernel(back_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
@@ -146,8 +146,8 @@ __global__ __launch_bounds__(TILE_THREADS) void dkv_kernel(back_call<T> a) {
     m.kv = (int)(b / a.chunks % a.kv_heads);
     m.set_tile(a, b / a.chunks / a.kv_heads);
     float dk[TILE / SIDES] = {0.0f}, dv[TILE / SIDES] = {0.0f};
-    int64_t from = m.own ? m.first * a.map.group / ITEMS * ITEMS : 0;
-    for (int64_t item = from; item < a.map.count(m.kv); item += ITEMS) {
+    int from = m.own ? (int)(m.first * a.map.group) / ITEMS * ITEMS : 0;
+    for (int item = from; item < a.map.count(m.kv); item += ITEMS) {
       m.set_items(a, item);
       weigh(a, m, memory);
       load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, m.kv, m.item, m.items, chunk,
@@ -201,7 +201,7 @@ void acre_cuda_attend_back(acre_queue *queue, float *dqkv, float *dk, float *dv,
     a.stride = (int64_t)(a.heads + 2 * a.kv_heads) * a.d;
     a.scale = (float)((double)LOG2E / sqrt((double)a.d));
     a.factor = (float)(1.0 / sqrt((double)a.d));
-    a.map = item_map{rows, a.heads / a.kv_heads, NULL, NULL};
+    a.map = item_map{(int)rows, a.heads / a.kv_heads, NULL, NULL};
     if (prefix) set_keys(&a, 0, *prefix);
     set_keys(&a, 1, *own);
     int64_t items = rows * a.heads, across = (int64_t)a.kv_heads * a.chunks;

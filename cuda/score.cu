@@ -27,7 +27,7 @@ constexpr size_t SHARED = FLOATS * sizeof(float);
 
 /* Logits, as powers of two, of the block's items with the keys from `key` on. */
 template <class T>
-__device__ int dot_tile(const score_call<T> &a, float (&s)[OWN_ITEMS], int kv, int64_t item,
+__device__ int dot_tile(const score_call<T> &a, float (&s)[OWN_ITEMS], int kv, int item,
                         int items, int64_t key, float *memory) {
   int count = (int)min((int64_t)TILE, a.m - key);
   const T *keys = a.keys + (key * a.kv_heads + kv) * a.d;
@@ -44,18 +44,18 @@ __device__ int dot_tile(const score_call<T> &a, float (&s)[OWN_ITEMS], int kv, i
 }
 
 template <class T>
-__device__ float *measure_of(const score_call<T> &a, int kv, int64_t item) {
-  return a.measures + (a.map.rows * a.map.start[kv] + item) * MEASURES;
+__device__ float *measure_of(const score_call<T> &a, int kv, int item) {
+  return a.measures + ((int64_t)a.map.rows * a.map.start[kv] + item) * MEASURES;
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void measure_kernel(score_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void measure_kernel(score_call<T> a) {
   float *memory = (float *)acre_shared();
   int lane = (int)threadIdx.x % WARP;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int kv = (int)(b % a.kv_heads);
-    int64_t item = b / a.kv_heads * ITEMS;
-    int items = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+    int item = (int)(b / a.kv_heads) * ITEMS;
+    int items = min(ITEMS, a.map.count(kv) - item);
     if (items <= 0) continue;
     running now[OWN_ITEMS];
     for (int r = 0; r < OWN_ITEMS; r++) now[r] = running{-INFINITY, 0.0f};
@@ -80,15 +80,15 @@ __global__ __launch_bounds__(TILE_THREADS) void measure_kernel(score_call<T> a) 
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void add_kernel(score_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void add_kernel(score_call<T> a) {
   float *memory = (float *)acre_shared(), *sums = memory + SUMS;
   int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     float sum = 0.0f;
     int count = (int)min((int64_t)TILE, a.m - b * TILE);
     for (int kv = 0; kv < a.kv_heads; kv++) {
-      for (int64_t item = 0; item < a.map.count(kv); item += ITEMS) {
-        int items = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+      for (int item = 0; item < a.map.count(kv); item += ITEMS) {
+        int items = min(ITEMS, a.map.count(kv) - item);
         float s[OWN_ITEMS];
         dot_tile(a, s, kv, item, items, b * TILE, memory);
         for (int r = 0; r < OWN_ITEMS; r++) {
@@ -163,7 +163,7 @@ void acre_cuda_score(acre_queue *queue, float *scores, const float *q, int64_t q
     for (int64_t row = 0; row < t; row += space.rows) {
       int64_t rows = acre_min(space.rows, t - row);
       a.q = q + row * q_stride;
-      a.map = item_map{rows, 0, space.list, space.start};
+      a.map = item_map{(int)rows, 0, space.list, space.start};
       a.blocks = acre_ceil_div(rows * space.most, ITEMS) * a.kv_heads;
       ACRE_LAUNCH(queue, measure_kernel<T>, a.blocks, TILE_THREADS, SHARED, a);
       a.blocks = acre_ceil_div(m, TILE);

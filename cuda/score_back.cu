@@ -26,12 +26,12 @@ constexpr int A = 0, B = A + ITEMS * PITCH, S = B + TILE * PITCH,
 constexpr size_t SHARED = FLOATS * sizeof(float);
 
 template <class T>
-__device__ float *measure_of(const gain_call<T> &a, int kv, int64_t item) {
-  return a.measures + (a.map.rows * a.map.start[kv] + item) * MEASURES;
+__device__ float *measure_of(const gain_call<T> &a, int kv, int item) {
+  return a.measures + ((int64_t)a.map.rows * a.map.start[kv] + item) * MEASURES;
 }
 
 template <class T>
-__device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, int64_t item,
+__device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, int item,
                         int items, int64_t key, float *memory) {
   int count = (int)min((int64_t)TILE, a.m - key);
   const T *keys = a.keys + (key * a.kv_heads + kv) * a.d;
@@ -48,13 +48,13 @@ __device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, in
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void gain_measure_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_measure_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int lane = (int)threadIdx.x % WARP;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int kv = (int)(b % a.kv_heads);
-    int64_t item = b / a.kv_heads * ITEMS;
-    int items = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+    int item = (int)(b / a.kv_heads) * ITEMS;
+    int items = min(ITEMS, a.map.count(kv) - item);
     if (items <= 0) continue;
     float origin[OWN_ITEMS], in[OWN_ITEMS] = {0.0f}, others[OWN_ITEMS] = {0.0f};
     for (int r = 0; r < OWN_ITEMS; r++) origin[r] = -INFINITY;
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(TILE_THREADS) void gain_measure_kernel(gain_call<T>
 
 /* The gradient by every logit of a meeting, times the factor, to shared memory. */
 template <class T>
-__device__ int logit_gradients(const gain_call<T> &a, int kv, int64_t item, int items,
+__device__ int logit_gradients(const gain_call<T> &a, int kv, int item, int items,
                                int64_t key, float *memory) {
   float s[OWN_ITEMS];
   int lane = (int)threadIdx.x % WARP;
@@ -105,13 +105,13 @@ __device__ int logit_gradients(const gain_call<T> &a, int kv, int64_t item, int 
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void gain_dq_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dq_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int chunk = (int)(b % a.chunks) * CHUNK, kv = (int)(b / a.chunks % a.kv_heads);
-    int64_t item = b / a.chunks / a.kv_heads * ITEMS;
-    int items = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+    int item = (int)(b / a.chunks / a.kv_heads) * ITEMS;
+    int items = min(ITEMS, a.map.count(kv) - item);
     if (items <= 0) continue;
     float sum[ITEMS / SIDES] = {0.0f};
     for (int64_t key = 0; key < a.m; key += TILE) {
@@ -133,15 +133,15 @@ __global__ __launch_bounds__(TILE_THREADS) void gain_dq_kernel(gain_call<T> a) {
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS) void gain_dk_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dk_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int chunk = (int)(b % a.chunks) * CHUNK, kv = (int)(b / a.chunks % a.kv_heads), count = 0;
     int64_t key = b / a.chunks / a.kv_heads * TILE;
     float sum[TILE / SIDES] = {0.0f};
-    for (int64_t item = 0; item < a.map.count(kv); item += ITEMS) {
-      int items = (int)min((int64_t)ITEMS, a.map.count(kv) - item);
+    for (int item = 0; item < a.map.count(kv); item += ITEMS) {
+      int items = min(ITEMS, a.map.count(kv) - item);
       count = logit_gradients(a, kv, item, items, key, memory);
       load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, chunk, a.d);
       __syncthreads();
@@ -181,7 +181,7 @@ void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float
       int64_t rows = acre_min(space.rows, t - row);
       int64_t blocks = acre_ceil_div(rows * space.most, ITEMS) * a.kv_heads;
       a.q = (const T *)q + row * a.row_width, a.dq = dq + row * dq_stride;
-      a.map = item_map{rows, 0, space.list, space.start};
+      a.map = item_map{(int)rows, 0, space.list, space.start};
       a.blocks = blocks;
       ACRE_LAUNCH(queue, gain_measure_kernel<T>, a.blocks, TILE_THREADS, SHARED, a);
       a.blocks = blocks * a.chunks;

@@ -16,6 +16,7 @@ namespace acre {
 constexpr int TILE = WARP; /* keys */
 constexpr int ITEMS = 16;
 constexpr int TILE_THREADS = 128;
+constexpr int TILE_BLOCKS = 3; /* of a multiprocessor at once, or more: leaves the registers needed */
 constexpr int WARPS = TILE_THREADS / WARP;
 constexpr int OWN_ITEMS = ITEMS / WARPS; /* of a thread */
 constexpr int CHUNK = 64;                /* dimensions */
@@ -23,21 +24,26 @@ constexpr int PITCH = CHUNK + 1;
 constexpr int SIDES = TILE_THREADS / CHUNK; /* threads that share a column */
 constexpr int HEAD_DIM_MOST = 512;
 
+size_t attend_shared_bytes(int d); /* attention.cu */
+
 static_assert(ITEMS % WARPS == 0 && ITEMS % SIDES == 0 && TILE % SIDES == 0, "even shares");
 
 /* Query rows and heads: item i of a KV head is row i / used, and of its `used` heads the
- * i % used-th: those from kv * group on, or what a list names. */
+ * i % used-th: those from kv * group on, or what a list names. Items are counted in 32 bits:
+ * queries of 2^31 of them fit no device. */
 struct item_map {
-  int64_t rows;
-  int group;           /* heads of a KV head */
-  const int32_t *list; /* heads in use, KV head after KV head; NULL: all */
+  int rows;
+  int group;            /* heads of a KV head */
+  const int32_t *list;  /* heads in use, KV head after KV head; NULL: all */
   const int32_t *start; /* [kv_heads + 1], where each KV head's part of the list begins */
 
-  __device__ int used(int kv) const { return list ? start[kv + 1] - start[kv] : group; }
-  __device__ int64_t count(int kv) const { return rows * used(kv); }
-  __device__ int64_t row(int kv, int64_t item) const { return item / used(kv); }
-  __device__ int head(int kv, int64_t item) const {
-    int i = (int)(item % used(kv));
+  __device__ unsigned used(int kv) const {
+    return (unsigned)(list ? start[kv + 1] - start[kv] : group);
+  }
+  __device__ int count(int kv) const { return rows * (int)used(kv); }
+  __device__ int row(int kv, int item) const { return (int)((unsigned)item / used(kv)); }
+  __device__ int head(int kv, int item) const {
+    int i = (int)((unsigned)item % used(kv));
     return list ? list[start[kv] + i] : kv * group + i;
   }
 };
@@ -59,7 +65,7 @@ __device__ void load_keys(float *to, const T *from, int64_t step, int count, int
  * array [rows, .., head, d] with this row stride. */
 template <class T, class S>
 __device__ void load_items(float *to, int pitch, const S *from, int64_t stride,
-                           const item_map &map, int kv, int64_t item, int count, int first,
+                           const item_map &map, int kv, int item, int count, int first,
                            int d) {
   int columns = min(CHUNK, d - first);
   for (int i = (int)threadIdx.x; i < ITEMS * CHUNK; i += TILE_THREADS) {

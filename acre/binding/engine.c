@@ -8,14 +8,16 @@ static int optional_text(PyObject *object, const char *name, const char **out) {
 }
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"device", "threads", "isa", NULL};
-  PyObject *device = NULL, *threads = NULL, *isa = NULL;
+  static char *names[] = {"device", "threads", "isa", "plugin", "libraries", NULL};
+  PyObject *device = NULL, *threads = NULL, *isa = NULL, *plugin = NULL, *libraries = NULL;
   acre_engine_options options = acre_engine_options_default();
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO:Engine", names, &device, &threads,
-                                   &isa) ||
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOOOO:Engine", names, &device, &threads,
+                                   &isa, &plugin, &libraries) ||
       optional_text(device, "device", &options.device) < 0 ||
       (threads && argument_int32(threads, "threads", &options.threads) < 0) ||
-      optional_text(isa, "isa", &options.isa) < 0)
+      optional_text(isa, "isa", &options.isa) < 0 ||
+      optional_text(plugin, "plugin", &options.plugin) < 0 ||
+      optional_text(libraries, "libraries", &options.libraries) < 0)
     return NULL;
   engine_object *self = (engine_object *)type->tp_alloc(type, 0);
   if (!self) return NULL;
@@ -85,8 +87,10 @@ static PyGetSetDef engine_getset[] = {
 };
 
 PyDoc_STRVAR(engine_doc,
-             "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
+             "Engine(device='cpu', threads=0, isa=None, plugin=None, libraries=None)\n--\n\n"
              "A device and its threads; models are created on one and share it.\n\n"
+             "device: 'cpu', 'cuda' or 'cuda:N'; for CUDA, plugin is the backend's file and\n"
+             "libraries the directories, ':' between, to look for cuBLASLt in first.\n"
              "threads: worker threads including the caller's; 0 = all usable cores.\n"
              "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
              "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"

@@ -166,6 +166,8 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
 
 extern "C" {
 
+cudaError_t acre_host_result(void); /* runtime.cpp */
+
 const acre_host_thread *acre_host_current(void) { return &here.current->place; }
 
 unsigned char *acre_host_shared(void) { return here.shared; }
@@ -209,6 +211,8 @@ cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared
                           void (*call)(const void *), const void *arguments) {
   machine *m = &here;
   launches++;
+  cudaError_t refused = acre_host_result();
+  if (refused != cudaSuccess) return refused;
   if (!allowed(grid, block, shared) || !prepare(m)) {
     fprintf(stderr, "kernel %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n", name,
             grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);

@@ -45,6 +45,8 @@ cudaError_t create(T **out) {
 
 extern "C" {
 
+cudaError_t acre_host_result(void) { return result(); }
+
 void acre_host_fail(int error, int64_t call) { fail_error = error, fail_countdown = call; }
 
 const char *cudaGetErrorName(cudaError_t error) {
