@@ -62,7 +62,7 @@ $(CUDA)/csrc/%.o: csrc/%.c $(HEADERS)
 	$(CC) $(ACRE_CFLAGS) -O3 -c $< -o $@
 
 $(CUDA_SO): $(CUDA_PARTS)
-	$(NVCC) -shared -cudart static -Xlinker --exclude-libs,ALL -Xlinker --no-undefined \
+	$(NVCC) -shared -cudart static $(CUDA_ARCH) -Xlinker --exclude-libs,ALL -Xlinker --no-undefined \
 	  -Xlinker --as-needed -Xcompiler -pthread $^ -o $@
 
 cuda: $(CUDA_SO) ## the CUDA backend, acre/_cuda.so; needs nvcc
