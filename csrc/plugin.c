@@ -43,10 +43,11 @@ acre_status acre_plugin_open(acre_backend **out, const char *path, const char *l
   const char *version = dlsym(plugin, "acre_cuda_version");
   acre_cuda_open open_backend = open_function(plugin);
   if (!version || !open_backend || strcmp(version, ACRE_VERSION) != 0)
-    return acre_fail(error, ACRE_UNSUPPORTED,
-                     "device: the CUDA backend %s is of version %.20s, expected " ACRE_VERSION
-                     "; build or install acre anew",
-                     path, version && open_backend ? version : "unknown");
+    return acre_fail(
+        error, ACRE_UNSUPPORTED,
+        "device: the CUDA backend %s is of version %.20s, expected " ACRE_VERSION
+        "; build or install acre anew",
+        path, version && open_backend ? version : "unknown");
   acre_cuda_options options = {sizeof options, libraries, 0, 0};
   return open_backend(out, ordinal, &options, error);
 }

@@ -44,8 +44,8 @@ __global__ void swiglu_back_kernel(T *dgate, T *dup, const float *gate, const fl
 }  // namespace
 }  // namespace acre
 
-void acre_cuda_gated(acre_queue *queue, void *y, const float *gate, const float *up, int64_t n,
-                     acre_dtype dtype) {
+void acre_cuda_gated(acre_queue *queue, void *y, const float *gate, const float *up,
+                     int64_t n, acre_dtype dtype) {
   using namespace acre;
   bool packs = n % PACK == 0 && aligned(y, 0) && aligned(gate, 0) && aligned(up, 0);
   int64_t blocks = blocks_for(n, THREADS * (packs ? PACK : 1));
@@ -72,7 +72,7 @@ void acre_cuda_swiglu_back(acre_queue *queue, void *dgate, void *dup, const floa
       ACRE_LAUNCH(queue, (swiglu_back_kernel<T, PACK>), blocks, THREADS, 0, (T *)dgate,
                   (T *)dup, gate, up, dy, n);
     else
-      ACRE_LAUNCH(queue, (swiglu_back_kernel<T, 1>), blocks, THREADS, 0, (T *)dgate, (T *)dup,
-                  gate, up, dy, n);
+      ACRE_LAUNCH(queue, (swiglu_back_kernel<T, 1>), blocks, THREADS, 0, (T *)dgate,
+                  (T *)dup, gate, up, dy, n);
   });
 }

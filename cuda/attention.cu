@@ -69,9 +69,9 @@ struct attend_tile {
 
 /* One step of the online softmax: weights to shared memory. */
 template <class T>
-__device__ void weigh(const attend_call<T> &a, const attend_tile<T> &tile, int kv,
-                      int item, int count, const float (&s)[OWN_ITEMS],
-                      running (&now)[OWN_ITEMS], float *p, float *factor) {
+__device__ void weigh(const attend_call<T> &a, const attend_tile<T> &tile, int kv, int item,
+                      int count, const float (&s)[OWN_ITEMS], running (&now)[OWN_ITEMS],
+                      float *p, float *factor) {
   int lane = (int)threadIdx.x % WARP;
   float bias = tile.bias && lane < tile.count ? tile.bias[lane] * LOG2E : 0.0f;
 #pragma unroll
@@ -96,8 +96,8 @@ __device__ void add_values(const attend_call<T> &a, const attend_tile<T> &tile,
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int first = 0; first < a.d; first += CHUNK) {
     __syncthreads();
-    load_keys(memory + plan.chunk, tile.values, (int64_t)a.kv_heads * a.d, tile.count, first,
-              a.d);
+    load_keys(memory + plan.chunk, tile.values, (int64_t)a.kv_heads * a.d, tile.count,
+              first, a.d);
     __syncthreads();
     float *o = memory + plan.o + side * (ITEMS / SIDES) * plan.pitch + first + column;
     const float *factor = memory + plan.factor + side * (ITEMS / SIDES);
@@ -147,7 +147,8 @@ __device__ void write_items(const attend_call<T> &a, int kv, int item, int count
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void attend_kernel(attend_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS,
+                             TILE_BLOCKS) void attend_kernel(attend_call<T> a) {
   float *memory = (float *)acre_shared();
   attend_plan plan(a.d);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
@@ -249,7 +250,9 @@ void acre_cuda_attend(acre_queue *queue, void *out, int64_t out_stride, float *l
     set_keys(&a, 1, *own, seen + rows);
     if (split && rows == 1) share_out(queue, &a);
     a.blocks = acre_ceil_div(rows * a.map.group, ITEMS) * a.kv_heads * a.runs;
-    ACRE_LAUNCH(queue, attend_kernel<T>, a.blocks, TILE_THREADS, attend_shared_bytes(a.d), a);
-    if (a.partial) ACRE_LAUNCH(queue, join_kernel<T>, a.heads, threads_for(a.d * PACK), 0, a);
+    ACRE_LAUNCH(queue, attend_kernel<T>, a.blocks, TILE_THREADS, attend_shared_bytes(a.d),
+                a);
+    if (a.partial)
+      ACRE_LAUNCH(queue, join_kernel<T>, a.heads, threads_for(a.d * PACK), 0, a);
   });
 }

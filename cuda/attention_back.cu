@@ -35,8 +35,8 @@ template <class T>
 __global__ void delta_kernel(back_call<T> a, int64_t items) {
   int64_t warps = (int64_t)gridDim.x * (blockDim.x / WARP);
   int lane = (int)threadIdx.x % WARP;
-  for (int64_t i = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; i < items;
-       i += warps) {
+  for (int64_t i = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+       i < items; i += warps) {
     float sum = 0.0f;
     for (int c = lane; c < a.d; c += WARP)
       sum += rounded<T>(a.dout[i * a.d + c]) * widen(a.out[i * a.d + c]);
@@ -96,7 +96,8 @@ __device__ void weigh(const back_call<T> &a, const meeting<T> &m, float *memory)
     int own = own_item(r);
     float p = 0.0f, ds = 0.0f;
     if (m.sees(a, own, lane)) {
-      int64_t at = (int64_t)a.map.row(m.kv, m.item + own) * a.heads + a.map.head(m.kv, m.item + own);
+      int64_t at =
+          (int64_t)a.map.row(m.kv, m.item + own) * a.heads + a.map.head(m.kv, m.item + own);
       p = exp2f(fminf(s[r] * a.scale + bias - a.lse[at], 1.0f));
       ds = p * a.factor * (dp[r] - a.delta[at]);
     }
@@ -131,7 +132,8 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void dq_kernel(back_call
       int own = side * (ITEMS / SIDES) + i;
       if (own >= m.items || chunk + column >= a.d) continue;
       int64_t head = a.map.head(m.kv, m.item + own);
-      a.dqkv[a.map.row(m.kv, m.item + own) * a.stride + head * a.d + chunk + column] = sum[i];
+      a.dqkv[a.map.row(m.kv, m.item + own) * a.stride + head * a.d + chunk + column] =
+          sum[i];
     }
   }
 }
@@ -150,8 +152,8 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void dkv_kernel(back_cal
     for (int item = from; item < a.map.count(m.kv); item += ITEMS) {
       m.set_items(a, item);
       weigh(a, m, memory);
-      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, m.kv, m.item, m.items, chunk,
-                    a.d);
+      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, m.kv, m.item, m.items,
+                    chunk, a.d);
       load_items<T>(memory + A2, PITCH, a.dout, a.row_width, a.map, m.kv, m.item, m.items,
                     chunk, a.d);
       __syncthreads();
@@ -160,7 +162,8 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void dkv_kernel(back_cal
       __syncthreads();
     }
     int64_t step = m.own ? a.stride : (int64_t)a.kv_heads * a.d;
-    int64_t at = (m.first + side * (TILE / SIDES)) * step + m.kv * (int64_t)a.d + chunk + column;
+    int64_t at =
+        (m.first + side * (TILE / SIDES)) * step + m.kv * (int64_t)a.d + chunk + column;
     float *to_k = m.own ? a.dqkv + (int64_t)a.heads * a.d : a.dk;
     float *to_v = m.own ? to_k + (int64_t)a.kv_heads * a.d : a.dv;
 #pragma unroll
@@ -205,7 +208,8 @@ void acre_cuda_attend_back(acre_queue *queue, float *dqkv, float *dk, float *dv,
     if (prefix) set_keys(&a, 0, *prefix);
     set_keys(&a, 1, *own);
     int64_t items = rows * a.heads, across = (int64_t)a.kv_heads * a.chunks;
-    ACRE_LAUNCH(queue, delta_kernel<T>, blocks_for(items, WARPS), TILE_THREADS, 0, a, items);
+    ACRE_LAUNCH(queue, delta_kernel<T>, blocks_for(items, WARPS), TILE_THREADS, 0, a,
+                items);
     a.blocks = acre_ceil_div(rows * a.map.group, ITEMS) * across;
     ACRE_LAUNCH(queue, dq_kernel<T>, a.blocks, TILE_THREADS, SHARED, a);
     a.blocks = (a.tiles[0] + a.tiles[1]) * across;

@@ -23,9 +23,9 @@ acre_status sync(acre_queue *queue, acre_error *error) {
   failure *worst = queue->failure.failed ? &queue->failure : loading;
   if (!worst->failed) return ACRE_OK;
   bool told = __atomic_exchange_n(&worst->told, true, __ATOMIC_ACQ_REL);
-  return acre_fail(error, ACRE_DEVICE, "%s%s",
-                   told ? "the device failed before: " : "the device failed: ",
-                   worst->message);
+  return acre_fail(
+      error, ACRE_DEVICE, "%s%s",
+      told ? "the device failed before: " : "the device failed: ", worst->message);
 }
 
 void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
@@ -126,10 +126,11 @@ acre_status find_devices(int *count, acre_error *error) {
                      "device: no NVIDIA driver is installed on this machine");
   cudaError_t failed = cudaGetDeviceCount(count);
   if (failed == cudaErrorInsufficientDriver)
-    return acre_fail(error, ACRE_UNSUPPORTED,
-                     "device: the NVIDIA driver is too old: it supports CUDA %s, this build "
-                     "of acre needs %s",
-                     version_text(driver).text, version_text(runtime).text);
+    return acre_fail(
+        error, ACRE_UNSUPPORTED,
+        "device: the NVIDIA driver is too old: it supports CUDA %s, this build "
+        "of acre needs %s",
+        version_text(driver).text, version_text(runtime).text);
   if (failed == cudaErrorNoDevice || (failed == cudaSuccess && *count == 0))
     return acre_fail(error, ACRE_UNSUPPORTED,
                      "device: there is a driver for CUDA %s, but no GPU that it can use",
@@ -154,10 +155,10 @@ acre_status read_limits(limits *chip, int ordinal, acre_error *error) {
   }
   chip->shared = (size_t)shared;
   if (chip->major * 10 + chip->minor < CAPABILITY_LEAST)
-    return acre_fail(error, ACRE_UNSUPPORTED,
-                     "device: cuda:%d has compute capability %d.%d, expected %d.%d or later",
-                     ordinal, chip->major, chip->minor, CAPABILITY_LEAST / 10,
-                     CAPABILITY_LEAST % 10);
+    return acre_fail(
+        error, ACRE_UNSUPPORTED,
+        "device: cuda:%d has compute capability %d.%d, expected %d.%d or later", ordinal,
+        chip->major, chip->minor, CAPABILITY_LEAST / 10, CAPABILITY_LEAST % 10);
   return ACRE_OK;
 }
 
@@ -181,7 +182,8 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
                  acre_error *error) {
   owner->ordinal = ordinal;
   owner->references = 1;
-  owner->workspace_bytes = size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
+  owner->workspace_bytes =
+      size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
   owner->staging_bytes = size_or(options.staging_bytes, STAGING_BYTES, STAGING_LEAST);
   snprintf(owner->isa, sizeof owner->isa, "sm_%d%d", owner->chip.major, owner->chip.minor);
   owner->base.ops = table();
@@ -189,7 +191,8 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
   owner->base.threads = 1;
   owner->base.rows_max = ROWS_MAX;
   owner->loading = acre_mutex_new();
-  if (!owner->loading) return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  if (!owner->loading)
+    return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
   ACRE_TRY(gemm_library_open(&owner->gemm, options.libraries, error));
   return queue_open(&owner->base, &owner->loader, error);
 }

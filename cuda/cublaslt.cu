@@ -210,20 +210,21 @@ uint32_t alignment(const void *data, int64_t step, int64_t size) {
 
 shape shape_of(const gemm_job &job) {
   int64_t size = (int64_t)acre_dtype_size(job.dtype);
-  shape s = {job.rows,
-             job.columns,
-             job.inner,
-             job.y_step,
-             job.x.step,
-             job.w.step,
-             {alignment(job.w.data, job.w.step, size), alignment(job.x.data, job.x.step, size),
-              alignment(job.y, job.y_step, sizeof(float)), alignment(job.bias, 0, 1)},
-             job.dtype,
-             job.x.turned,
-             job.w.turned,
-             job.bias != NULL,
-             job.add,
-             0};
+  shape s = {
+      job.rows,
+      job.columns,
+      job.inner,
+      job.y_step,
+      job.x.step,
+      job.w.step,
+      {alignment(job.w.data, job.w.step, size), alignment(job.x.data, job.x.step, size),
+       alignment(job.y, job.y_step, sizeof(float)), alignment(job.bias, 0, 1)},
+      job.dtype,
+      job.x.turned,
+      job.w.turned,
+      job.bias != NULL,
+      job.add,
+      0};
   return s;
 }
 
@@ -247,8 +248,8 @@ void choose(acre_gemm *gemm, description *d, const shape &s, lt_algo *out) {
   if (d->status != LT_SUCCESS) return;
   lt_heuristic found;
   int count = 0;
-  d->also(library->cublasLtMatmulAlgoGetHeuristic(gemm->handle, d->product, d->w, d->x, d->y,
-                                                  d->y, d->preference, 1, &found, &count));
+  d->also(library->cublasLtMatmulAlgoGetHeuristic(
+      gemm->handle, d->product, d->w, d->x, d->y, d->y, d->preference, 1, &found, &count));
   if (d->status == LT_SUCCESS && count < 1) d->status = LT_NOT_SUPPORTED;
   if (d->status == LT_SUCCESS) *out = found.algo;
 }
@@ -269,10 +270,9 @@ void gemm(acre_queue *queue, const gemm_job &job) {
   }
   float one = 1.0f, beta = job.add ? 1.0f : 0.0f;
   if (d.status == LT_SUCCESS)
-    d.status = own->library->cublasLtMatmul(own->handle, d.product, &one, job.w.data, d.w,
-                                            job.x.data, d.x, &beta, job.y, d.y, job.y, d.y,
-                                            &place->algo, own->scratch, own->bytes,
-                                            queue->stream);
+    d.status = own->library->cublasLtMatmul(
+        own->handle, d.product, &one, job.w.data, d.w, job.x.data, d.x, &beta, job.y, d.y,
+        job.y, d.y, &place->algo, own->scratch, own->bytes, queue->stream);
   if (d.status == LT_SUCCESS) return;
   char call[160];
   snprintf(call, sizeof call, "cublasLtMatmul of [%lld, %lld] by [%lld, %lld]: %s",

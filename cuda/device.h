@@ -26,10 +26,10 @@ namespace acre {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int PACK = 8;            /* numbers that a thread takes at once */
-constexpr int PACK_BYTES = 16;     /* of one access */
+constexpr int PACK = 8;        /* numbers that a thread takes at once */
+constexpr int PACK_BYTES = 16; /* of one access */
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float EXP_HIGH = 88.0f;  /* exp of it is finite */
+constexpr float EXP_HIGH = 88.0f; /* exp of it is finite */
 
 /* ------------------------------------------------------------------ numbers */
 

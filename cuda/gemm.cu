@@ -12,7 +12,8 @@ namespace {
 gemm_side side_of(const acre_matrix *W) {
   bool turned = W->column_step != 1;
   if (W->K == 1) turned = false; /* either way */
-  return gemm_side{acre_buffer_data(W->buffer), turned ? W->column_step : W->row_step, turned};
+  return gemm_side{acre_buffer_data(W->buffer), turned ? W->column_step : W->row_step,
+                   turned};
 }
 
 template <class T>

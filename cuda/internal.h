@@ -43,9 +43,9 @@ acre_status refuse(acre_error *error, cudaError_t from, const site &at);
 /* ------------------------------------------------------------------ backend, queue */
 
 struct limits {
-  int major, minor;          /* compute capability */
+  int major, minor; /* compute capability */
   int processors;
-  size_t shared;             /* bytes that a block may have */
+  size_t shared; /* bytes that a block may have */
 };
 
 constexpr int STAGES = 4; /* parts of the staging memory, taken in turn */
@@ -153,9 +153,9 @@ void queue_close(acre_queue *queue);
 
 /* ------------------------------------------------------------------ launches */
 
-constexpr int64_t BLOCKS_MOST = INT32_MAX;      /* of a grid's first dimension */
-constexpr size_t SHARED_MOST = 99 * 1024;       /* of a block, on every chip from 8.0 on */
-constexpr size_t SHARED_UNASKED = 48 * 1024;    /* more must be asked for */
+constexpr int64_t BLOCKS_MOST = INT32_MAX;   /* of a grid's first dimension */
+constexpr size_t SHARED_MOST = 99 * 1024;    /* of a block, on every chip from 8.0 on */
+constexpr size_t SHARED_UNASKED = 48 * 1024; /* more must be asked for */
 
 inline int64_t blocks_for(int64_t items, int64_t per_block) {
   return acre_min(acre_ceil_div(items, per_block), BLOCKS_MOST);

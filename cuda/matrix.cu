@@ -48,16 +48,16 @@ bool convert(char *to, float *row, const acre_matrix *matrix, const acre_array *
 
 /* x [rows, K] dense, and the numbers of W from row `first` on. */
 template <class T>
-__global__ void matrix_get_kernel(float *x, const T *W, int64_t row_step, int64_t column_step,
-                                  int64_t rows, int64_t K) {
+__global__ void matrix_get_kernel(float *x, const T *W, int64_t row_step,
+                                  int64_t column_step, int64_t rows, int64_t K) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
     for (int64_t c = threadIdx.x; c < K; c += blockDim.x)
       x[i * K + c] = widen(W[i * row_step + c * column_step]);
 }
 
 template <class T>
-__global__ void matrix_set_kernel(T *W, int64_t row_step, int64_t column_step, const float *x,
-                                  int64_t rows, int64_t K) {
+__global__ void matrix_set_kernel(T *W, int64_t row_step, int64_t column_step,
+                                  const float *x, int64_t rows, int64_t K) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
     for (int64_t c = threadIdx.x; c < K; c += blockDim.x)
       W[i * row_step + c * column_step] = narrow<T>(x[i * K + c]);
@@ -66,8 +66,9 @@ __global__ void matrix_set_kernel(T *W, int64_t row_step, int64_t column_step, c
 acre_status check_matrix(int64_t N, int64_t K, acre_dtype dtype, acre_weights weights,
                          int64_t *bytes, acre_error *error) {
   if (N < 1 || K < 1)
-    return acre_fail(error, ACRE_BAD_SHAPE, "matrix is [%lld, %lld], expected positive sizes",
-                     (long long)N, (long long)K);
+    return acre_fail(error, ACRE_BAD_SHAPE,
+                     "matrix is [%lld, %lld], expected positive sizes", (long long)N,
+                     (long long)K);
   if (dtype != ACRE_F32 && dtype != ACRE_BF16)
     return acre_fail(error, ACRE_UNSUPPORTED, "matrix dtype is %s, expected f32 or bf16",
                      acre_dtype_name(dtype));
@@ -75,8 +76,8 @@ acre_status check_matrix(int64_t N, int64_t K, acre_dtype dtype, acre_weights we
     return acre_fail(error, ACRE_UNSUPPORTED, "q8 weights need dtype bf16, got %s",
                      acre_dtype_name(dtype));
   if (!acre_mul(bytes, N, K) || !acre_mul(bytes, *bytes, (int64_t)acre_dtype_size(dtype)))
-    return acre_fail(error, ACRE_NO_MEMORY, "matrix [%lld, %lld] is too large", (long long)N,
-                     (long long)K);
+    return acre_fail(error, ACRE_NO_MEMORY, "matrix [%lld, %lld] is too large",
+                     (long long)N, (long long)K);
   return ACRE_OK;
 }
 
@@ -118,7 +119,8 @@ void acre_cuda_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *h
   char *typed = (char *)acre_alloc((size_t)some * row_bytes);
   acre_mutex_lock(matrix->owner->loading);
   if (!wide || !typed)
-    check(&loader->failure, cudaErrorMemoryAllocation, ACRE_SITE("host memory for weights"));
+    check(&loader->failure, cudaErrorMemoryAllocation,
+          ACRE_SITE("host memory for weights"));
   for (int64_t i = 0; i < count && wide && typed; i += some) {
     int64_t rows = acre_min(some, count - i);
     *finite &= convert(typed, wide, matrix, host, i, rows);

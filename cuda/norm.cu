@@ -76,11 +76,11 @@ void acre_cuda_rmsnorm(acre_queue *queue, void *y, const float *x, const float *
     using T = decltype(zero);
     bool packs = width % PACK == 0 && aligned(x, 0) && aligned(gain, 0) && aligned(y, 0);
     if (packs)
-      ACRE_LAUNCH(queue, (rmsnorm_kernel<T, PACK>), rows, threads_for(width), SCRATCH, (T *)y,
-                  x, gain, eps, rows, width);
+      ACRE_LAUNCH(queue, (rmsnorm_kernel<T, PACK>), rows, threads_for(width), SCRATCH,
+                  (T *)y, x, gain, eps, rows, width);
     else
-      ACRE_LAUNCH(queue, (rmsnorm_kernel<T, 1>), rows, threads_for(width), SCRATCH, (T *)y, x,
-                  gain, eps, rows, width);
+      ACRE_LAUNCH(queue, (rmsnorm_kernel<T, 1>), rows, threads_for(width), SCRATCH, (T *)y,
+                  x, gain, eps, rows, width);
   });
 }
 
@@ -90,9 +90,9 @@ void acre_cuda_rmsnorm_back(acre_queue *queue, float *dx, const float *dy, const
   bool packs = width % PACK == 0 && aligned(x, 0) && aligned(gain, 0) && aligned(dx, 0) &&
                aligned(dy, 0);
   if (packs)
-    ACRE_LAUNCH(queue, (rmsnorm_back_kernel<PACK>), rows, threads_for(width), SCRATCH, dx, dy,
-                x, gain, eps, rows, width);
+    ACRE_LAUNCH(queue, (rmsnorm_back_kernel<PACK>), rows, threads_for(width), SCRATCH, dx,
+                dy, x, gain, eps, rows, width);
   else
-    ACRE_LAUNCH(queue, (rmsnorm_back_kernel<1>), rows, threads_for(width), SCRATCH, dx, dy, x,
-                gain, eps, rows, width);
+    ACRE_LAUNCH(queue, (rmsnorm_back_kernel<1>), rows, threads_for(width), SCRATCH, dx, dy,
+                x, gain, eps, rows, width);
 }

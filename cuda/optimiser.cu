@@ -51,14 +51,15 @@ void acre_cuda_sum_squares(acre_queue *queue, double *out, const float *x, int64
   int64_t blocks = acre_min(acre_ceil_div(n, THREADS), PARTS);
   double *parts = (double *)workspace(queue, PARTS * sizeof(double)), host[PARTS];
   if (blocks <= 0 || !parts) return;
-  ACRE_LAUNCH(queue, square_parts_kernel, blocks, THREADS, THREADS * sizeof(double), parts, x,
-              n);
+  ACRE_LAUNCH(queue, square_parts_kernel, blocks, THREADS, THREADS * sizeof(double), parts,
+              x, n);
   queue->owner->base.ops->download(queue, host, parts, (size_t)blocks * sizeof(double));
   for (int64_t i = 0; i < blocks; i++) *out += host[i];
 }
 
 void acre_cuda_adamw(acre_queue *queue, float *w, float *first, float *second,
-                     const float *gradient, int64_t n, float scale, const acre_adamw *adamw) {
+                     const float *gradient, int64_t n, float scale,
+                     const acre_adamw *adamw) {
   using namespace acre;
   double step = (double)adamw->step;
   factors by = {scale,

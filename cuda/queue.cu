@@ -16,8 +16,8 @@ bool check(failure *kept, cudaError_t error, const site &at) {
   if (error == cudaSuccess) return true;
   if (kept->failed) return false;
   kept->failed = true;
-  snprintf(kept->message, sizeof kept->message, "%.200s at %s:%d: %s (%s)", at.call, at.file,
-           at.line, cudaGetErrorName(error), cudaGetErrorString(error));
+  snprintf(kept->message, sizeof kept->message, "%.200s at %s:%d: %s (%s)", at.call,
+           at.file, at.line, cudaGetErrorName(error), cudaGetErrorString(error));
   return false;
 }
 
@@ -61,8 +61,8 @@ acre_status no_memory(acre_error *error, size_t bytes) {
   cudaGetLastError();
   cudaMemGetInfo(&available, &total);
   return acre_fail(error, ACRE_NO_MEMORY,
-                   "out of device memory: %zu bytes were wanted, %zu of %zu are free", bytes,
-                   available, total);
+                   "out of device memory: %zu bytes were wanted, %zu of %zu are free",
+                   bytes, available, total);
 }
 
 acre_status allocate(backend *owner, acre_buffer **out, size_t bytes, acre_error *error) {
@@ -73,8 +73,9 @@ acre_status allocate(backend *owner, acre_buffer **out, size_t bytes, acre_error
   cudaError_t failed = cudaMalloc(&data, bytes ? bytes : 1);
   if (failed != cudaSuccess) {
     acre_free(made);
-    return failed == cudaErrorMemoryAllocation ? no_memory(error, bytes)
-                                               : refuse(error, failed, ACRE_SITE("cudaMalloc"));
+    return failed == cudaErrorMemoryAllocation
+               ? no_memory(error, bytes)
+               : refuse(error, failed, ACRE_SITE("cudaMalloc"));
   }
   *made = allocation{owner, data, bytes};
   acre_status status = acre_buffer_wrap(out, data, bytes, free_allocation, made, error);

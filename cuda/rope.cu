@@ -12,12 +12,15 @@ namespace {
 struct pair_of {
   int64_t low, high; /* offsets in the row */
   int angle;
-  __device__ pair_of(int pair, int half) : low(pair / half * 2 * (int64_t)half + pair % half),
-                                           high(low + half), angle(pair % half) {}
+  __device__ pair_of(int pair, int half)
+      : low(pair / half * 2 * (int64_t)half + pair % half),
+        high(low + half),
+        angle(pair % half) {}
 };
 
 __device__ __forceinline__ void rotate_pair(float *a, float *b, float cosine, float sine) {
-  float from = *a; /* the fused operations are named: all three kernels give the same bits */
+  float from =
+      *a; /* the fused operations are named: all three kernels give the same bits */
   *a = fmaf(-*b, sine, from * cosine);
   *b = fmaf(*b, cosine, from * sine);
 }

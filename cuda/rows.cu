@@ -67,8 +67,8 @@ void copy_short(acre_queue *queue, void *dst, const acre_span *spans, int64_t co
   send(queue, table, spans, (size_t)count * sizeof *table);
   for_unit(bits, [&](auto zero) {
     using U = decltype(zero);
-    ACRE_LAUNCH(queue, spans_kernel<U>, count, THREADS, 0, (U *)dst, (const acre_span *)table,
-                count, (int64_t)(row_bytes / sizeof(U)));
+    ACRE_LAUNCH(queue, spans_kernel<U>, count, THREADS, 0, (U *)dst,
+                (const acre_span *)table, count, (int64_t)(row_bytes / sizeof(U)));
   });
 }
 
@@ -91,7 +91,8 @@ template <class T>
 void pool_some(acre_queue *queue, T *dst, const void *const *sources, int64_t count,
                int64_t l, int64_t width) {
   size_t row = (size_t)width * sizeof(T), pointers = (size_t)(count * l) * sizeof(void *);
-  const void **table = (const void **)workspace(queue, pointers + (size_t)(count * l) * row);
+  const void **table =
+      (const void **)workspace(queue, pointers + (size_t)(count * l) * row);
   if (!table) return;
   char *rows = (char *)table + pointers;
   {
@@ -117,8 +118,8 @@ __global__ void round_kernel(T *y, int64_t y_stride, const float *x, int64_t x_s
       y[i * y_stride + c] = narrow<T>(x[i * x_stride + c]);
 }
 
-__global__ void add_rows_kernel(float *y, int64_t y_stride, const float *x, int64_t x_stride,
-                                int64_t rows, int64_t width) {
+__global__ void add_rows_kernel(float *y, int64_t y_stride, const float *x,
+                                int64_t x_stride, int64_t rows, int64_t width) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
     for (int64_t c = threadIdx.x; c < width; c += blockDim.x)
       y[i * y_stride + c] += x[i * x_stride + c];
@@ -148,8 +149,8 @@ void acre_cuda_scatter_rows(acre_queue *queue, void *y, const void *x, const int
   acre::copy_indexed<true>(queue, y, x, index, rows, row_bytes);
 }
 
-void acre_cuda_copy_rows(acre_queue *queue, void *dst, const acre_span *spans, int64_t count,
-                         size_t row_bytes) {
+void acre_cuda_copy_rows(acre_queue *queue, void *dst, const acre_span *spans,
+                         int64_t count, size_t row_bytes) {
   constexpr int ROOM = 128; /* spans that wait to be copied together */
   acre_span some[ROOM];
   int64_t waiting = 0;
@@ -207,8 +208,8 @@ void acre_cuda_add_rows(acre_queue *queue, float *y, int64_t y_stride, const flo
                         int64_t width) {
   using namespace acre;
   if (!index)
-    ACRE_LAUNCH(queue, add_rows_kernel, rows, threads_for(width), 0, y, y_stride, x, x_stride,
-                rows, width);
+    ACRE_LAUNCH(queue, add_rows_kernel, rows, threads_for(width), 0, y, y_stride, x,
+                x_stride, rows, width);
   else if (rows > 0)
     ACRE_LAUNCH(queue, add_indexed_kernel, blocks_for(width, WARP), WARP, 0, y, y_stride, x,
                 x_stride, index, rows, width);

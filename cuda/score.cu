@@ -49,7 +49,8 @@ __device__ float *measure_of(const score_call<T> &a, int kv, int item) {
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void measure_kernel(score_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS,
+                             TILE_BLOCKS) void measure_kernel(score_call<T> a) {
   float *memory = (float *)acre_shared();
   int lane = (int)threadIdx.x % WARP;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
@@ -67,7 +68,8 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void measure_kernel(scor
         float x = lane < count ? s[r] : -INFINITY;
         float origin = fmaxf(now[r].origin, ceilf(warp_reduce(x, most())));
         float weight = lane < count ? exp2f(x - origin) : 0.0f;
-        now[r].sum = now[r].sum * rescale(now[r].origin, origin) + warp_reduce(weight, add());
+        now[r].sum =
+            now[r].sum * rescale(now[r].origin, origin) + warp_reduce(weight, add());
         now[r].origin = origin;
       }
     }

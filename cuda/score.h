@@ -13,9 +13,9 @@ constexpr int MEASURES = 3; /* floats kept of an item */
 /* The workspace of scoring: [start | list | wanted | measures]. */
 struct score_space {
   int32_t *start, *list;
-  uint8_t *wanted;   /* [m] */
-  float *measures;   /* [MEASURES] of each of `rows` rows' items, KV head after KV head */
-  int64_t rows;      /* at a time; 0: nothing can be done */
+  uint8_t *wanted;    /* [m] */
+  float *measures;    /* [MEASURES] of each of `rows` rows' items, KV head after KV head */
+  int64_t rows;       /* at a time; 0: nothing can be done */
   int64_t used, most; /* heads that count; the most of one KV head */
 };
 

@@ -48,7 +48,8 @@ __device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, in
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_measure_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS,
+                             TILE_BLOCKS) void gain_measure_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int lane = (int)threadIdx.x % WARP;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
@@ -105,7 +106,8 @@ __device__ int logit_gradients(const gain_call<T> &a, int kv, int item, int item
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dq_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS,
+                             TILE_BLOCKS) void gain_dq_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
@@ -116,8 +118,8 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dq_kernel(gain
     float sum[ITEMS / SIDES] = {0.0f};
     for (int64_t key = 0; key < a.m; key += TILE) {
       int count = logit_gradients(a, kv, item, items, key, memory);
-      load_keys(memory + B, a.keys + (key * a.kv_heads + kv) * a.d, (int64_t)a.kv_heads * a.d,
-                count, chunk, a.d);
+      load_keys(memory + B, a.keys + (key * a.kv_heads + kv) * a.d,
+                (int64_t)a.kv_heads * a.d, count, chunk, a.d);
       __syncthreads();
       add_keys(sum, memory + S, memory + B);
       __syncthreads();
@@ -133,17 +135,20 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dq_kernel(gain
 }
 
 template <class T>
-__global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void gain_dk_kernel(gain_call<T> a) {
+__global__ __launch_bounds__(TILE_THREADS,
+                             TILE_BLOCKS) void gain_dk_kernel(gain_call<T> a) {
   float *memory = (float *)acre_shared();
   int column = (int)threadIdx.x % CHUNK, side = (int)threadIdx.x / CHUNK;
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
-    int chunk = (int)(b % a.chunks) * CHUNK, kv = (int)(b / a.chunks % a.kv_heads), count = 0;
+    int chunk = (int)(b % a.chunks) * CHUNK, kv = (int)(b / a.chunks % a.kv_heads),
+        count = 0;
     int64_t key = b / a.chunks / a.kv_heads * TILE;
     float sum[TILE / SIDES] = {0.0f};
     for (int item = 0; item < a.map.count(kv); item += ITEMS) {
       int items = min(ITEMS, a.map.count(kv) - item);
       count = logit_gradients(a, kv, item, items, key, memory);
-      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, chunk, a.d);
+      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, chunk,
+                    a.d);
       __syncthreads();
       add_items(sum, memory + S, memory + A, items);
       __syncthreads();

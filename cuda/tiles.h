@@ -16,7 +16,8 @@ namespace acre {
 constexpr int TILE = WARP; /* keys */
 constexpr int ITEMS = 16;
 constexpr int TILE_THREADS = 128;
-constexpr int TILE_BLOCKS = 3; /* of a multiprocessor at once, or more: leaves the registers needed */
+constexpr int TILE_BLOCKS =
+    3; /* of a multiprocessor at once, or more: leaves the registers needed */
 constexpr int WARPS = TILE_THREADS / WARP;
 constexpr int OWN_ITEMS = ITEMS / WARPS; /* of a thread */
 constexpr int CHUNK = 64;                /* dimensions */
@@ -93,7 +94,9 @@ __device__ __forceinline__ void dot_chunk(float (&s)[OWN_ITEMS], const float *a,
 }
 
 /* Item r of this thread, within the block. */
-__device__ __forceinline__ int own_item(int r) { return (int)threadIdx.x / WARP + r * WARPS; }
+__device__ __forceinline__ int own_item(int r) {
+  return (int)threadIdx.x / WARP + r * WARPS;
+}
 
 /* A head's softmax so far, in powers of two: origin is whole, sum is of exp2(x - origin). */
 struct running {

@@ -86,15 +86,16 @@ static PyGetSetDef engine_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(engine_doc,
-             "Engine(device='cpu', threads=0, isa=None, plugin=None, libraries=None)\n--\n\n"
-             "A device and its threads; models are created on one and share it.\n\n"
-             "device: 'cpu', 'cuda' or 'cuda:N'; for CUDA, plugin is the backend's file and\n"
-             "libraries the directories, ':' between, to look for cuBLASLt in first.\n"
-             "threads: worker threads including the caller's; 0 = all usable cores.\n"
-             "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
-             "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"
-             "for a device or instruction set that this build or machine lacks.");
+PyDoc_STRVAR(
+    engine_doc,
+    "Engine(device='cpu', threads=0, isa=None, plugin=None, libraries=None)\n--\n\n"
+    "A device and its threads; models are created on one and share it.\n\n"
+    "device: 'cpu', 'cuda' or 'cuda:N'; for CUDA, plugin is the backend's file and\n"
+    "libraries the directories, ':' between, to look for cuBLASLt in first.\n"
+    "threads: worker threads including the caller's; 0 = all usable cores.\n"
+    "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
+    "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"
+    "for a device or instruction set that this build or machine lacks.");
 
 static PyType_Slot engine_slots[] = {
     {Py_tp_doc, (void *)engine_doc},

@@ -87,7 +87,8 @@ int cublasLtMatmulDescCreate(lt_desc *out, int compute, int scale) {
 }
 int cublasLtMatmulDescDestroy(lt_desc desc) { return destroy(desc); }
 
-int cublasLtMatmulDescSetAttribute(lt_desc d, int attribute, const void *value, size_t size) {
+int cublasLtMatmulDescSetAttribute(lt_desc d, int attribute, const void *value,
+                                   size_t size) {
   switch (attribute) {
     case LT_DESC_TRANSA: return take(&d->a_op, value, size, sizeof d->a_op);
     case LT_DESC_TRANSB: return take(&d->b_op, value, size, sizeof d->b_op);
@@ -106,7 +107,9 @@ int cublasLtMatrixLayoutCreate(lt_layout *out, int type, uint64_t rows, uint64_t
 int cublasLtMatrixLayoutDestroy(lt_layout layout) { return destroy(layout); }
 
 int cublasLtMatmulPreferenceCreate(lt_preference *out) { return create(out); }
-int cublasLtMatmulPreferenceDestroy(lt_preference preference) { return destroy(preference); }
+int cublasLtMatmulPreferenceDestroy(lt_preference preference) {
+  return destroy(preference);
+}
 
 int cublasLtMatmulPreferenceSetAttribute(lt_preference p, int attribute, const void *value,
                                          size_t size) {

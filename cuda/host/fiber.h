@@ -58,7 +58,8 @@ static inline void acre_fiber_arrived(acre_fiber *self) {
   const void *bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(self ? self->fake : NULL, &bottom, &size);
-  if (!acre_fiber_left->stack) acre_fiber_left->bottom = bottom, acre_fiber_left->size = size;
+  if (!acre_fiber_left->stack)
+    acre_fiber_left->bottom = bottom, acre_fiber_left->size = size;
 #else
   (void)self;
 #endif
@@ -83,6 +84,15 @@ static inline void acre_fiber_switch(acre_fiber *from, acre_fiber *to, bool for_
   swapcontext(&from->stopped, &to->stopped);
 #endif
   acre_fiber_arrived(from);
+}
+
+/* Its functions never returned: what they marked of the stack is forgotten. */
+static inline void acre_fiber_abandon(acre_fiber *fiber) {
+#if ACRE_FIBER_ASAN
+  __asan_unpoison_memory_region(fiber->stack, ACRE_FIBER_STACK);
+#else
+  (void)fiber;
+#endif
 }
 
 /* `run` starts at the next switch to it, on a stack with a page nobody may touch below. */

@@ -126,6 +126,7 @@ bool run_block(machine *m, const char *name) {
       shuffle(m);
     } else if (!moved) {
       tell(m, name, seed);
+      for (int i = 0; i < m->count; i++) acre_fiber_abandon(&m->threads[i].fiber);
       return false;
     }
   }

@@ -271,7 +271,8 @@ static bool norm_right(const void *y, const float *x, const float *gain, acre_dt
     for (int64_t c = 0; c < 20; c++) squares += (double)x[i * 20 + c] * x[i * 20 + c];
     for (int64_t c = 0; c < 20; c++) {
       double exact_y = x[i * 20 + c] / sqrt(squares / 20 + 1e-5) * gain[c];
-      right &= fabs(at(y, i * 20 + c, dtype) - exact_y) <= (20 * EPS + unit) * fabs(exact_y);
+      right &=
+          fabs(at(y, i * 20 + c, dtype) - exact_y) <= (20 * EPS + unit) * fabs(exact_y);
     }
   }
   return right;

@@ -30,7 +30,8 @@ __global__ void overtaken_kernel(float *out, bool with_barrier) {
   for (int round = 0; round < 2; round++) {
     shared[threadIdx.x] = (float)round;
     __syncthreads();
-    out[round * (int)blockDim.x + (int)threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+    out[round * (int)blockDim.x + (int)threadIdx.x] =
+        shared[(threadIdx.x + 1) % blockDim.x];
     if (with_barrier) __syncthreads();
   }
 }
@@ -75,8 +76,8 @@ void test_missing_barriers(void) {
 void test_divergence(void) {
   fprintf(stderr, "four kernels that must fail:\n");
   for (int mode = 0; mode < 4; mode++)
-    CHECK(acre_host_launch("diverged_kernel", diverged_kernel, dim3(2), dim3(64), 0, mode) ==
-          cudaErrorLaunchFailure);
+    CHECK(acre_host_launch("diverged_kernel", diverged_kernel, dim3(2), dim3(64), 0,
+                           mode) == cudaErrorLaunchFailure);
   float out[3 * 96];
   CHECK(acre_host_launch("sum_kernel", sum_kernel, dim3(3), dim3(96), 3 * sizeof(float),
                          out) == cudaSuccess);
@@ -197,7 +198,8 @@ void test_memory(void) {
   size_t held = backend->account.held;
   acre_buffer *none;
   CHECK(ops->alloc(backend, &none, SIZE_MAX / 2 + 1, &error) == ACRE_NO_MEMORY && !none);
-  CHECK(strstr(error.message, "9223372036854775808 bytes") && backend->account.held == held);
+  CHECK(strstr(error.message, "9223372036854775808 bytes") &&
+        backend->account.held == held);
 }
 
 /* Of calls that fail for other reasons the first is told, and nothing is kept. */
@@ -232,7 +234,8 @@ void refused(acre_host_machine machine, acre_status status, const char *words) {
 
 void test_refusals(void) {
   refused({0, 0, 0, 0}, ACRE_UNSUPPORTED, "no NVIDIA driver");
-  refused({12080, 1, 9, 0}, ACRE_UNSUPPORTED, "supports CUDA 12.8, this build of acre needs 13.0");
+  refused({12080, 1, 9, 0}, ACRE_UNSUPPORTED,
+          "supports CUDA 12.8, this build of acre needs 13.0");
   refused({13000, 0, 9, 0}, ACRE_UNSUPPORTED, "no GPU");
   refused({13000, 1, 7, 5}, ACRE_UNSUPPORTED, "compute capability 7.5, expected 8.0");
   acre_backend *none;

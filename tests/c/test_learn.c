@@ -350,7 +350,8 @@ static void test_cross_entropy_back(int64_t rows, int64_t vocab, acre_dtype dtyp
                      vocab, dtype);
     backends[i]->ops->cross_entropy(queues[i], alone, logits, target, rows, vocab);
     CHECK(!to_the_bit(i) || same(alone, out, rows * 4));
-    keep_first(i, &first, dlogits, bytes_of(n, dtype)), keep_first(i, &first_out, out, rows * 4);
+    keep_first(i, &first, dlogits, bytes_of(n, dtype)),
+        keep_first(i, &first_out, out, rows * 4);
   }
   guarded_free(logits), guarded_free(weight), guarded_free(target), guarded_free(alone);
   guarded_free(first), guarded_free(first_out);

@@ -36,7 +36,8 @@ static void test_refusals(void) {
   refused("cuda:7", plugin, ACRE_BAD_VALUE, "this machine has 1 GPU");
   refused("cuda", NULL, ACRE_UNSUPPORTED, "nvcc");
   refused("cuda", "no/such/file.so", ACRE_UNSUPPORTED, "no/such/file.so");
-  refused("cuda", ACRE_TEST_CUDA "/libcublasLt.so.13", ACRE_UNSUPPORTED, "of version unknown");
+  refused("cuda", ACRE_TEST_CUDA "/libcublasLt.so.13", ACRE_UNSUPPORTED,
+          "of version unknown");
 }
 
 /* ---------------------------------------------------------------- one model, two devices */
