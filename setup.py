@@ -1,7 +1,7 @@
 """Builds the extension acre._core from the C sources; all else is in pyproject.toml.
 
-Where nvcc is, the CUDA backend is built beside it by the Makefile, as a shared object of its
-own; ACRE_CUDA=0 leaves it out.
+Where nvcc is, the CUDA backend is built beside it by the Makefile, as a shared object
+of its own; ACRE_CUDA=0 leaves it out.
 
 The version is written once, in csrc/acre.h. No host tuning and no fast math:
 instruction sets are chosen at run time, and linking with fast math would change the

@@ -279,7 +279,7 @@ typedef enum acre_part {
 
 /* A view of one layer's tensor; L2 lies in `pages` pages, the others in one (page 0).
  * *first is the index of the view's first row in the whole tensor. The caller owns one
- * reference to *owner. */
+ * reference to *owner. What lies on a device is copied to the host. */
 ACRE_API acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
                                      int64_t page, acre_array *view, int64_t *first,
                                      acre_buffer **owner, acre_error *error);

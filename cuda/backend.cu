@@ -190,11 +190,12 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
   owner->base.isa = owner->isa;
   owner->base.threads = 1;
   owner->base.rows_max = ROWS_MAX;
+  owner->base.apart = true;
   owner->loading = acre_mutex_new();
   if (!owner->loading)
     return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
   ACRE_TRY(gemm_library_open(&owner->gemm, options.libraries, error));
-  return queue_open(&owner->base, &owner->loader, error);
+  return queue_open_with(owner, WORKSPACE_LEAST, &owner->loader, error);
 }
 
 }  // namespace

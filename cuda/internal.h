@@ -149,6 +149,8 @@ void leave(backend *owner);
 
 acre_status alloc(acre_backend *base, acre_buffer **out, size_t bytes, acre_error *error);
 acre_status queue_open(acre_backend *base, acre_queue **out, acre_error *error);
+acre_status queue_open_with(backend *owner, size_t workspace_bytes, acre_queue **out,
+                            acre_error *error);
 void queue_close(acre_queue *queue);
 
 /* ------------------------------------------------------------------ launches */

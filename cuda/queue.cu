@@ -111,9 +111,9 @@ acre_status alloc(acre_backend *base, acre_buffer **out, size_t bytes, acre_erro
 
 namespace {
 
-acre_status open_parts(acre_queue *queue, acre_error *error) {
+acre_status open_parts(acre_queue *queue, size_t bytes, acre_error *error) {
   backend *owner = queue->owner;
-  size_t bytes = owner->workspace_bytes, products = bytes / 3 / ACRE_ALIGN * ACRE_ALIGN;
+  size_t products = bytes / 3 / ACRE_ALIGN * ACRE_ALIGN;
   cudaError_t failed = cudaStreamCreateWithFlags(&queue->stream, cudaStreamNonBlocking);
   if (failed != cudaSuccess)
     return refuse(error, failed, ACRE_SITE("cudaStreamCreateWithFlags"));
@@ -138,20 +138,25 @@ size_t products_bytes(const acre_queue *queue) {
 
 }  // namespace
 
-acre_status queue_open(acre_backend *base, acre_queue **out, acre_error *error) {
+acre_status queue_open_with(backend *owner, size_t workspace_bytes, acre_queue **out,
+                            acre_error *error) {
   *out = NULL;
-  backend *owner = (backend *)base;
   on_device scope(owner->ordinal);
   acre_queue *queue = (acre_queue *)acre_alloc_zero(sizeof *queue);
   if (!queue) return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a queue");
   queue->owner = owner;
-  acre_status status = open_parts(queue, error);
+  acre_status status = open_parts(queue, workspace_bytes, error);
   if (status != ACRE_OK) {
     queue_close(queue);
     return status;
   }
   *out = queue;
   return ACRE_OK;
+}
+
+acre_status queue_open(acre_backend *base, acre_queue **out, acre_error *error) {
+  backend *owner = (backend *)base;
+  return queue_open_with(owner, owner->workspace_bytes, out, error);
 }
 
 void queue_close(acre_queue *queue) {

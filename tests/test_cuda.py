@@ -1,5 +1,5 @@
-"""The CUDA backend as far as a machine without a GPU shows it: what is refused, and what
-the compiler made. The kernels themselves run in the C tests (cuda/README.md)."""
+"""The CUDA backend as far as a machine without a GPU shows it: what is refused, and
+what the compiler made. The kernels themselves run in the C tests (cuda/README.md)."""
 
 from __future__ import annotations
 
