@@ -61,6 +61,13 @@ uint64_t size_of(const lt_matrix_layout *layout, int op, bool rows) {
   return rows == (op == LT_OP_N) ? layout->rows : layout->columns;
 }
 
+/* Whether all columns start at multiples of so many bytes. */
+bool suits(const void *data, const lt_matrix_layout *layout, uint64_t alignment) {
+  uint64_t step = (uint64_t)layout->step * (layout->type == LT_R_32F ? 4 : 2);
+  return alignment && (uintptr_t)data % alignment == 0 &&
+         (layout->columns < 2 || step % alignment == 0);
+}
+
 bool fit(lt_desc d, lt_layout a, lt_layout b, lt_layout c) {
   return a->type == b->type && c->type == LT_R_32F && a->step >= (int64_t)a->rows &&
          b->step >= (int64_t)b->rows && c->step >= (int64_t)c->rows &&
@@ -135,13 +142,15 @@ int cublasLtMatmulAlgoGetHeuristic(lt_handle, lt_desc d, lt_layout a, lt_layout 
 int cublasLtMatmul(lt_handle, lt_desc d, const void *alpha, const void *a, lt_layout A,
                    const void *b, lt_layout B, const void *beta, const void *c, lt_layout C,
                    void *out, lt_layout D, const lt_algo *algo, void *, size_t,
-                   cudaStream_t) {
+                   cudaStream_t stream) {
   const void *sides[] = {a, b, c, out};
+  const lt_matrix_layout *layouts[] = {A, B, C, D};
   for (int i = 0; i < 4; i++)
-    if (!algo->data[i] || (uintptr_t)sides[i] % algo->data[i]) return LT_NOT_SUPPORTED;
+    if (!suits(sides[i], layouts[i], algo->data[i])) return LT_NOT_SUPPORTED;
   if (!fit(d, A, B, C) || c != out || C->step != D->step) return INVALID;
   float by = *(const float *)alpha, old = *(const float *)beta;
   uint64_t inner = size_of(A, d->a_op, false);
+  stream->access(true);
   for (uint64_t j = 0; j < C->columns; j++) {
     for (uint64_t i = 0; i < C->rows; i++) {
       float sum = 0.0f, *to = (float *)out + i + j * (uint64_t)C->step;
@@ -152,6 +161,7 @@ int cublasLtMatmul(lt_handle, lt_desc d, const void *alpha, const void *a, lt_la
       *to = d->epilogue == LT_EPILOGUE_BIAS ? sum + d->bias[i] : sum;
     }
   }
+  stream->access(false);
   return LT_SUCCESS;
 }
 }

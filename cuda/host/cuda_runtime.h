@@ -59,7 +59,9 @@ struct cudaPointerAttributes {
   cudaMemoryType type;
 };
 
-typedef struct acre_host_stream *cudaStream_t;
+typedef struct acre_host_stream {
+  void (*access)(bool begins); /* for libraries that touch device memory by themselves */
+} *cudaStream_t;
 typedef struct acre_host_event *cudaEvent_t;
 
 extern "C" {
@@ -86,16 +88,18 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
-cudaError_t acre_host_malloc(void **out, size_t bytes);
+cudaError_t acre_host_malloc(void **out, size_t bytes, bool device);
+/* What a device does with its memory happens between these two. */
+void acre_host_access(bool begins);
 }
 
 template <class T>
 cudaError_t cudaMalloc(T **out, size_t bytes) {
-  return acre_host_malloc((void **)out, bytes);
+  return acre_host_malloc((void **)out, bytes, true);
 }
 template <class T>
 cudaError_t cudaHostAlloc(T **out, size_t bytes, unsigned) {
-  return acre_host_malloc((void **)out, bytes);
+  return acre_host_malloc((void **)out, bytes, false);
 }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) {

@@ -86,17 +86,22 @@ void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
   shuffle(m);
 }
 
-/* One turn of all threads; false where none could move. */
-bool turn(machine *m) {
+/* One turn of all threads of these warps; false where none could move. */
+bool turn_of(machine *m, uint32_t warps) {
   bool moved = false;
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[m->order[i]];
-    if (t->state != READY) continue;
+    if (t->state != READY || !(warps >> (m->order[i] / LANES) & 1)) continue;
     moved = true;
     m->current = t;
     acre_fiber_switch(&m->scheduler, &t->fiber, false);
   }
   return moved;
+}
+
+/* Some warps run ahead of others. */
+bool turn(machine *m) {
+  return turn_of(m, (uint32_t)random_bits(m)) || turn_of(m, ~(uint32_t)0);
 }
 
 void tell(const machine *m, const char *name, uint64_t seed) {
@@ -224,7 +229,9 @@ cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared
     return cudaErrorMemoryAllocation;
   m->shared = (unsigned char *)memory;
   m->call = call, m->arguments = arguments;
+  acre_host_access(true);
   cudaError_t error = run_blocks(m, name, grid, block, shared);
+  acre_host_access(false);
   free(memory);
   m->shared = NULL;
   return error;

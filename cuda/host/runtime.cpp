@@ -3,14 +3,15 @@
  * Memory comes from acre_alloc, so the tests of leaks and of memory that runs out hold here,
  * too. A call can be made to fail (host.h). Of memory that it did not give itself the runtime
  * says now that it lies on the device, now that it does not: both are true here, and both
- * ways of copying must be right. */
+ * ways of copying must be right.
+ *
+ * With ACRE_HOST_APART in the environment device memory can be touched by kernels and copies
+ * alone, as on a device: whoever else does is stopped. For one thread at a time. */
+#include "apart.h"
 #include "cuda_runtime.h"
 #include "host.h"
 #include "platform.h"
 
-struct acre_host_stream {
-  int unused;
-};
 struct acre_host_event {
   int unused;
 };
@@ -18,6 +19,8 @@ struct acre_host_event {
 acre_host_machine acre_host_is = {13000, 1, 8, 0};
 
 namespace {
+
+const size_t POISONED = (size_t)1 << 20; /* the first bytes of an allocation */
 
 thread_local int device;
 thread_local cudaError_t last = cudaSuccess;
@@ -115,18 +118,22 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
   return cudaSuccess;
 }
 
-cudaError_t acre_host_malloc(void **out, size_t bytes) {
+void acre_host_access(bool begins) { acre_apart_access(begins); }
+
+cudaError_t acre_host_malloc(void **out, size_t bytes, bool device_memory) {
   *out = NULL;
   cudaError_t error = result();
   if (error != cudaSuccess) return error;
-  *out = acre_alloc(bytes);
+  *out = device_memory && acre_apart_wanted() ? acre_apart_alloc(bytes) : acre_alloc(bytes);
   if (!*out) return result(cudaErrorMemoryAllocation);
-  memset(*out, 0xff, bytes); /* nobody may count on zeros */
+  acre_host_access(true);
+  memset(*out, 0xff, bytes < POISONED ? bytes : POISONED); /* nobody may count on zeros */
+  acre_host_access(false);
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void *memory) {
-  acre_free(memory);
+  if (!acre_apart_free(memory)) acre_free(memory);
   return cudaSuccess;
 }
 
@@ -135,23 +142,35 @@ cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
   cudaError_t error = result();
+  acre_host_access(true);
   if (error == cudaSuccess) memcpy(to, from, bytes);
+  acre_host_access(false);
   return error;
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
   cudaError_t error = result();
+  acre_host_access(true);
   if (error == cudaSuccess) memset(to, value, bytes);
+  acre_host_access(false);
   return error;
 }
 
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *) {
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory) {
+  if (acre_apart_wanted()) {
+    out->type = acre_apart_has(memory) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    return cudaSuccess;
+  }
   told = told * 6364136223846793005u + 1442695040888963407u;
   out->type = told >> 63 ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) { return create(out); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
+  cudaError_t error = create(out);
+  if (error == cudaSuccess) (*out)->access = acre_host_access;
+  return error;
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaFree(stream); }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return result(); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return create(out); }

@@ -224,6 +224,7 @@ int main(int argc, char **argv) {
   test_score(40, 300, 64, ACRE_BF16);
   test_score(7, 130, 90, ACRE_F32);
   test_score(130, 64, 16, ACRE_BF16);
+  test_score(300, 40, 6, ACRE_F32); /* many items */
   close_backends();
   return check_report();
 }

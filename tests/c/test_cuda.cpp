@@ -133,6 +133,21 @@ void test_no_rows(void) {
   CHECK(acre_host_launches() == before && ops->sync(queue, NULL) == ACRE_OK);
 }
 
+/* Rows whose sizes allow wide units, from places that do not. */
+void test_odd_places(void) {
+  alignas(16) unsigned char from[20 * 16], to[8 * 16];
+  for (int i = 0; i < 20 * 16; i++) from[i] = (unsigned char)i;
+  for (int offset = 0; offset < 16; offset++) {
+    acre_span spans[] = {{from, 0, 2}, {from + 64 + offset, 2, 3}, {from + offset, 5, 3}};
+    for (int again = 0; again < 8; again++) { /* by kernels or through the host */
+      memset(to, 0, sizeof to);
+      ops->copy_rows(queue, to, spans, 3, 16);
+      for (const acre_span &span : spans)
+        CHECK(memcmp(to + span.dst_row * 16, span.source, (size_t)span.rows * 16) == 0);
+    }
+  }
+}
+
 /* ------------------------------------------------------------------ failures */
 
 acre_status open_backend(acre_backend **out, const char *libraries, acre_error *error) {
@@ -263,6 +278,7 @@ int main(int argc, char **argv) {
   ops = backend->ops;
   CHECK(ops->queue_open(backend, &queue, NULL) == ACRE_OK);
   test_no_rows();
+  test_odd_places();
   test_failure(1, "cudaMemcpyAsync");
   test_failure(2, "round_kernel");
   test_memory();

@@ -500,6 +500,7 @@ static void test_score_backs(void) {
     test_score_back(37, 131, (acre_heads){9, 3, 64, T}, 0);
     test_score_back(3, 70, (acre_heads){2, 2, 80, T}, 1);
     test_score_back(2, 65, (acre_heads){4, 1, 512, T}, 2);
+    test_score_back(260, 40, (acre_heads){9, 3, 6, T}, 0); /* many items */
   }
 }
 
