@@ -13,7 +13,8 @@ LIBS    := -lm -ldl -pthread
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
 HOST_CUDA := $(wildcard cuda/*.cu cuda/host/*.cpp)
-CUDA_HEADERS := $(wildcard cuda/*.h cuda/host/*.h)
+CUDA_CORE := acre base bf16 status platform buffer tensor backend plugin
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
 
 # The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
@@ -53,11 +54,11 @@ CUDA_SHARED := status buffer platform tensor
 CUDA_PARTS := $(patsubst %,$(CUDA)/%.o,$(wildcard cuda/*.cu)) \
               $(CUDA_SHARED:%=$(CUDA)/csrc/%.o)
 
-$(CUDA)/%.cu.o: %.cu $(CUDA_HEADERS) $(HEADERS)
+$(CUDA)/%.cu.o: %.cu $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
 	$(NVCC) $(CUDA_FLAGS) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
 
-$(CUDA)/csrc/%.o: csrc/%.c $(HEADERS)
+$(CUDA)/csrc/%.o: csrc/%.c $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
 	$(CC) $(ACRE_CFLAGS) -O3 -c $< -o $@
 
@@ -115,7 +116,7 @@ $(BUILD)/%.o: %.c $(HEADERS)
 $(BUILD)/libacre.a: $(OBJECTS)
 	$(AR) rcs $@ $^
 
-$(BUILD)/cuda/%.o: cuda/% $(HEADERS) $(CUDA_HEADERS)
+$(BUILD)/cuda/%.o: cuda/% $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
 	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -x c++ -c $< -o $@
 

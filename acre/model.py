@@ -166,13 +166,15 @@ class Model:
     ) -> Model:
         """Opens a local Hugging Face directory or a GGUF file.
 
-        dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". adapter: a
+        dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". device:
+        "cpu", or "cuda" or "cuda:N" where acre was built with nvcc. adapter: a
         file or directory with trained L1 parameters only, of this model. threads: 0 =
         usable cores. w_max: usable positions, default the model's. weights: "same" as
         dtype, or "q8": 8 bits and a scale per 32 numbers, for faster decoding in about
         half the memory; needs dtype "bf16".
         FileNotFoundError, ModelFileError (names file and fault), ValueError for
-        options, NotImplementedError for a device that this build lacks, MemoryError.
+        options, NotImplementedError for a device that this build or machine lacks,
+        MemoryError.
         """
         dtype, engine = check_dtype(dtype), _engine(device, threads)
         kept = check_weights(weights, dtype)
@@ -259,7 +261,8 @@ class Model:
         c = self.config
         return (
             f"acre.Model({self.name!r}, layers={c['layers']}, hidden={c['hidden']}, "
-            f"w_max={c['w_max']}, dtype={c['dtype']!r}, device='cpu')"
+            f"w_max={c['w_max']}, dtype={c['dtype']!r}, "
+            f"device={self.core.engine.device!r})"
         )
 
     @property
@@ -282,7 +285,7 @@ class Model:
             "name": self.name,
             **self.config,
             "trained_l1": self.core.has_l1,
-            "device": "cpu",
+            "device": engine.device,
             "isa": engine.isa,
             "threads": engine.threads,
             "bytes": engine.bytes,

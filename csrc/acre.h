@@ -116,6 +116,7 @@ ACRE_API acre_engine_options acre_engine_options_default(void);
 ACRE_API acre_status acre_engine_open(acre_engine **out, const acre_engine_options *options,
                                       acre_error *error);
 ACRE_API void acre_engine_release(acre_engine *engine);
+ACRE_API const char *acre_engine_device(const acre_engine *engine); /* "cpu", "cuda:0" */
 ACRE_API int32_t acre_engine_threads(const acre_engine *engine);
 ACRE_API const char *acre_engine_isa(const acre_engine *engine); /* e.g. "avx2" */
 /* Bytes now held by buffers of this engine, and the most held since the last reset. */

@@ -3,6 +3,7 @@
 #include "platform.h"
 #include "plugin.h"
 
+#include <stdio.h>
 #include <string.h>
 
 acre_engine_options acre_engine_options_default(void) {
@@ -34,6 +35,9 @@ acre_status acre_engine_open(acre_engine **out, const acre_engine_options *given
     acre_free(engine);
     return status;
   }
+  bool whole = strcmp(options.device, "cuda") != 0;
+  snprintf(engine->device, sizeof engine->device, "%s%s", options.device,
+           whole ? "" : ":0");
   engine->references = 1;
   *out = engine;
   return ACRE_OK;
@@ -50,6 +54,7 @@ void acre_engine_release(acre_engine *engine) {
   acre_free(engine);
 }
 
+const char *acre_engine_device(const acre_engine *engine) { return engine->device; }
 int32_t acre_engine_threads(const acre_engine *engine) { return engine->backend->threads; }
 const char *acre_engine_isa(const acre_engine *engine) { return engine->backend->isa; }
 size_t acre_engine_bytes(const acre_engine *engine) {

@@ -62,8 +62,11 @@ void destroy(acre_backend *base) {
   leave(owner);
 }
 
-const acre_backend_ops *table(void) {
-  static acre_backend_ops ops;
+/* What every chip can do; a kernel for some chips takes the place of one of these here, once,
+ * by the chip's capability. */
+acre_backend_ops operations_for(const limits &chip) {
+  (void)chip;
+  acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
   ops.destroy = destroy;
@@ -103,7 +106,7 @@ const acre_backend_ops *table(void) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
-  return &ops;
+  return ops;
 }
 
 /* ------------------------------------------------------------------ opening */
@@ -186,7 +189,8 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
       size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
   owner->staging_bytes = size_or(options.staging_bytes, STAGING_BYTES, STAGING_LEAST);
   snprintf(owner->isa, sizeof owner->isa, "sm_%d%d", owner->chip.major, owner->chip.minor);
-  owner->base.ops = table();
+  owner->ops = operations_for(owner->chip);
+  owner->base.ops = &owner->ops;
   owner->base.isa = owner->isa;
   owner->base.threads = 1;
   owner->base.rows_max = ROWS_MAX;

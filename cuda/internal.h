@@ -59,6 +59,7 @@ struct staging {
 
 struct backend {
   acre_backend base;
+  acre_backend_ops ops; /* chosen for this chip */
   int ordinal;
   limits chip;
   int64_t references;

@@ -43,6 +43,11 @@ static void engine_dealloc(engine_object *self) {
   Py_DECREF(type);
 }
 
+static PyObject *engine_device(engine_object *self, void *closure) {
+  (void)closure;
+  return PyUnicode_FromString(acre_engine_device(self->engine));
+}
+
 static PyObject *engine_threads(engine_object *self, void *closure) {
   (void)closure;
   return PyLong_FromLong(acre_engine_threads(self->engine));
@@ -76,6 +81,8 @@ static PyMethodDef engine_methods[] = {
 };
 
 static PyGetSetDef engine_getset[] = {
+    {"device", (getter)engine_device, NULL, PyDoc_STR("Its name: 'cpu' or 'cuda:N'."),
+     NULL},
     {"threads", (getter)engine_threads, NULL, PyDoc_STR("Worker threads in use."), NULL},
     {"isa", (getter)engine_isa, NULL, PyDoc_STR("Instruction set in use, e.g. 'avx2'."),
      NULL},

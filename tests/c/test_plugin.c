@@ -200,6 +200,8 @@ int main(void) {
   if (!cuda) fprintf(stderr, "  %s\n", error.message);
   if (cpu && cuda) {
     CHECK(strcmp(acre_engine_isa(cuda), "sm_80") == 0);
+    CHECK(strcmp(acre_engine_device(cuda), "cuda:0") == 0);
+    CHECK(strcmp(acre_engine_device(cpu), "cpu") == 0);
     acre_engine *engines[2] = {cpu, cuda};
     for (int i = 0; i < 4; i++)
       test_dtype(engines, i / 2 ? ACRE_BF16 : ACRE_F32, (acre_proxy)(i % 2));
