@@ -10,10 +10,10 @@ namespace acre {
 namespace {
 
 gemm_side side_of(const acre_matrix *W) {
-  bool turned = W->column_step != 1;
-  if (W->K == 1) turned = false; /* either way */
-  return gemm_side{acre_buffer_data(W->buffer), turned ? W->column_step : W->row_step,
-                   turned};
+  bool turned = W->column_step != 1 && W->K > 1;
+  int64_t step =
+      turned ? W->column_step : acre_max(W->row_step, W->K); /* of one row: any */
+  return gemm_side{acre_buffer_data(W->buffer), step, turned};
 }
 
 template <class T>

@@ -126,7 +126,8 @@ static void test_matrix(matrix_case c) {
 }
 
 static void test_matrices(void) {
-  static const int64_t sizes[][2] = {{1, 1}, {16, 32}, {17, 33}, {50, 3}, {5, 100}};
+  static const int64_t sizes[][2] = {{1, 1},   {16, 32}, {17, 33}, {50, 3},
+                                     {5, 100}, {7, 1},   {1, 7}};
   for (int64_t s = 0; s < ACRE_COUNT(sizes); s++) {
     test_matrix((matrix_case){sizes[s][0], sizes[s][1], ACRE_F32, ACRE_WEIGHTS_SAME});
     test_matrix((matrix_case){sizes[s][0], sizes[s][1], ACRE_BF16, ACRE_WEIGHTS_SAME});
