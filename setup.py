@@ -1,5 +1,8 @@
 """Builds the extension acre._core from the C sources; all else is in pyproject.toml.
 
+Where nvcc is, the CUDA backend is built beside it by the Makefile, as a shared object
+of its own; ACRE_CUDA=0 leaves it out.
+
 The version is written once, in csrc/acre.h. No host tuning and no fast math:
 instruction sets are chosen at run time, and linking with fast math would change the
 floating point mode of the whole process at import.
@@ -9,6 +12,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,8 +48,24 @@ def version() -> str:
     return found.group(1)
 
 
+def build_cuda(folder: Path) -> None:
+    """acre/_cuda.so into `folder`, where nvcc is and nobody said ACRE_CUDA=0."""
+    if os.environ.get("ACRE_CUDA") == "0" or not shutil.which("nvcc"):
+        return
+    target = folder / "_cuda.so"
+    # Jobs and overrides of a make that runs us are not for this one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    command = ["make", f"-j{os.cpu_count() or 1}", "cuda", f"CUDA_SO={target}"]
+    if subprocess.run(command, env=environment).returncode != 0:
+        raise SystemExit("the CUDA backend does not compile; ACRE_CUDA=0 leaves it out")
+
+
 class ParallelBuild(build_ext):
-    """Compiles the sources of one extension side by side."""
+    """Compiles the sources of one extension side by side, then the CUDA backend."""
+
+    def run(self) -> None:
+        super().run()
+        build_cuda(Path(self.get_ext_fullpath("acre._core")).parent)
 
     def build_extensions(self) -> None:
         compile_some = self.compiler.compile
@@ -69,7 +90,7 @@ setup(
             sources=files("*.c"),
             depends=files("*.h") + files("*.inc"),
             include_dirs=["csrc"],
-            libraries=["m"],
+            libraries=["m", "dl"],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
         )

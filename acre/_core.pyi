@@ -74,8 +74,15 @@ class Engine:
     """A device and its threads; shareable, outlives all below."""
 
     def __new__(
-        cls, device: str | None = "cpu", threads: int = 0, isa: str | None = None
+        cls,
+        device: str | None = "cpu",
+        threads: int = 0,
+        isa: str | None = None,
+        plugin: str | None = None,
+        libraries: str | None = None,
     ) -> Engine: ...
+    @property
+    def device(self) -> str: ...
     @property
     def threads(self) -> int: ...
     @property

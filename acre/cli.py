@@ -280,7 +280,7 @@ def command_info(arguments: argparse.Namespace) -> None:
     engine = _core.Engine()
     _facts(
         f"acre {_core.__version__}",
-        {"device": "cpu", "isa": engine.isa, "threads": engine.threads},
+        {"device": engine.device, "isa": engine.isa, "threads": engine.threads},
     )
     if arguments.path is None:
         model = default_model()

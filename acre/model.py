@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acre import _core, generate, loaders
+from acre import _core, devices, generate, loaders
 from acre.errors import ModelFileError
 from acre.fingerprints import Fingerprints, Prints
 from acre.generate import Sampling, Stream, Streamer, integer
@@ -63,12 +63,17 @@ def check_weights(weights: Any, dtype: str) -> str:
 def _engine(device: str, threads: int) -> _core.Engine:
     """Opens the device; clear errors for what this build lacks."""
     if not isinstance(device, str):
-        raise TypeError(f"device: got {type(device).__name__}, expected 'cpu'")
-    if device.split(":")[0] in ("cuda", "gpu"):
-        raise NotImplementedError(f"device: this build has no {device!r}, only 'cpu'")
-    if device != "cpu":
-        raise ValueError(f"device: got {device!r}, expected 'cpu'")
-    return _core.Engine(device=device, threads=integer("threads", threads, 0, 1024))
+        kind = type(device).__name__
+        raise TypeError(f"device: got {kind}, expected 'cpu', 'cuda' or 'cuda:N'")
+    threads = integer("threads", threads, 0, 1024)
+    if device == "cpu":
+        return _core.Engine(device=device, threads=threads)
+    return _core.Engine(
+        device=device,
+        threads=threads,
+        plugin=devices.cuda_plugin(),
+        libraries=devices.cuda_libraries(),
+    )
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
@@ -161,13 +166,15 @@ class Model:
     ) -> Model:
         """Opens a local Hugging Face directory or a GGUF file.
 
-        dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". adapter: a
+        dtype: compute and cache dtype, "bf16" (f32 accumulation) or "f32". device:
+        "cpu", or "cuda" or "cuda:N" where acre was built with nvcc. adapter: a
         file or directory with trained L1 parameters only, of this model. threads: 0 =
         usable cores. w_max: usable positions, default the model's. weights: "same" as
         dtype, or "q8": 8 bits and a scale per 32 numbers, for faster decoding in about
         half the memory; needs dtype "bf16".
         FileNotFoundError, ModelFileError (names file and fault), ValueError for
-        options, NotImplementedError for a device that this build lacks, MemoryError.
+        options, NotImplementedError for a device that this build or machine lacks,
+        MemoryError.
         """
         dtype, engine = check_dtype(dtype), _engine(device, threads)
         kept = check_weights(weights, dtype)
@@ -259,7 +266,8 @@ class Model:
         c = self.config
         return (
             f"acre.Model({self.name!r}, layers={c['layers']}, hidden={c['hidden']}, "
-            f"w_max={c['w_max']}, dtype={c['dtype']!r}, device='cpu')"
+            f"w_max={c['w_max']}, dtype={c['dtype']!r}, "
+            f"device={self.core.engine.device!r})"
         )
 
     @property
@@ -282,7 +290,7 @@ class Model:
             "name": self.name,
             **self.config,
             "trained_l1": self.core.has_l1,
-            "device": "cpu",
+            "device": engine.device,
             "isa": engine.isa,
             "threads": engine.threads,
             "bytes": engine.bytes,

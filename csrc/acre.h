@@ -102,16 +102,21 @@ typedef struct acre_engine acre_engine;
 
 typedef struct acre_engine_options {
   size_t struct_size;
-  const char *device; /* "cpu" (default) */
+  const char *device; /* "cpu" (default), "cuda" or "cuda:N" */
   int32_t threads;    /* worker threads incl. the caller; 0 = usable cores; <= 1024 */
   const char *isa;    /* NULL = best; "scalar", "avx2", "avx512" or "avx512_bf16" to cap
                          the ladder */
+  /* For "cuda": the file of the backend, and directories to look for cuBLASLt in before the
+   * loader's own, ':' between. Both nullable; without a file the device is ACRE_UNSUPPORTED. */
+  const char *plugin;
+  const char *libraries;
 } acre_engine_options;
 
 ACRE_API acre_engine_options acre_engine_options_default(void);
 ACRE_API acre_status acre_engine_open(acre_engine **out, const acre_engine_options *options,
                                       acre_error *error);
 ACRE_API void acre_engine_release(acre_engine *engine);
+ACRE_API const char *acre_engine_device(const acre_engine *engine); /* "cpu", "cuda:0" */
 ACRE_API int32_t acre_engine_threads(const acre_engine *engine);
 ACRE_API const char *acre_engine_isa(const acre_engine *engine); /* e.g. "avx2" */
 /* Bytes now held by buffers of this engine, and the most held since the last reset. */
@@ -275,7 +280,7 @@ typedef enum acre_part {
 
 /* A view of one layer's tensor; L2 lies in `pages` pages, the others in one (page 0).
  * *first is the index of the view's first row in the whole tensor. The caller owns one
- * reference to *owner. */
+ * reference to *owner. What lies on a device is copied to the host. */
 ACRE_API acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
                                      int64_t page, acre_array *view, int64_t *first,
                                      acre_buffer **owner, acre_error *error);

@@ -249,6 +249,7 @@ struct acre_backend {
   const char *isa; /* what the tables were filled with, for people */
   int32_t threads;
   int64_t rows_max;     /* rows per forward pass that keep the device busy */
+  bool apart;           /* buffers lie where the host cannot read them */
   acre_account account; /* bytes held and their peak */
 };
 

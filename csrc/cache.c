@@ -74,6 +74,29 @@ static int64_t part_rows(const acre_plan *plan, int part) {
   return part <= ACRE_L2_VALUES ? plan->l2_tokens : plan->recent;
 }
 
+static void free_copy(void *context) { acre_free(context); }
+
+/* The view's rows from the device to memory of their own, which becomes the owner. */
+static acre_status bring_home(acre_array *view, acre_buffer **owner, acre_backend *backend,
+                              acre_error *error) {
+  size_t bytes = (size_t)(view->shape[0] * view->strides[0]) * acre_dtype_size(view->dtype);
+  void *copy = acre_alloc(bytes);
+  acre_queue *queue = NULL;
+  *owner = NULL;
+  if (!copy) return acre_fail(error, ACRE_NO_MEMORY, "view: out of memory");
+  acre_status status = backend->ops->queue_open(backend, &queue, error);
+  if (status == ACRE_OK) {
+    backend->ops->download(queue, copy, view->data, bytes);
+    status = backend->ops->sync(queue, error);
+    backend->ops->queue_close(queue);
+  }
+  if (status == ACRE_OK)
+    status = acre_buffer_wrap(owner, copy, bytes, free_copy, copy, error);
+  if (status != ACRE_OK) acre_free(copy);
+  view->data = copy;
+  return status;
+}
+
 acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
                             int64_t page, acre_array *view, int64_t *first,
                             acre_buffer **owner, acre_error *error) {
@@ -112,6 +135,8 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
     view->data = acre_timeline_at(resident, which, layer, row);
     *owner = acre_timeline_buffer(resident, which, layer);
   }
+  if (cache->model->backend->apart)
+    return bring_home(view, owner, cache->model->backend, error);
   acre_buffer_retain(*owner);
   return ACRE_OK;
 }

@@ -1,11 +1,22 @@
 #include "engine.h"
 
 #include "platform.h"
+#include "plugin.h"
 
+#include <stdio.h>
 #include <string.h>
 
 acre_engine_options acre_engine_options_default(void) {
-  return (acre_engine_options){sizeof(acre_engine_options), "cpu", 0, NULL};
+  return (acre_engine_options){sizeof(acre_engine_options), "cpu", 0, NULL, NULL, NULL};
+}
+
+static acre_status open_backend(acre_backend **out, const acre_engine_options *options,
+                                acre_error *error) {
+  const char *device = options->device ? options->device : "";
+  if (strcmp(device, "cpu") != 0)
+    return acre_plugin_open(out, options->plugin, options->libraries, device, error);
+  int32_t threads = options->threads ? options->threads : acre_cpu_count();
+  return acre_cpu_backend_open(out, threads, options->isa, error);
 }
 
 acre_status acre_engine_open(acre_engine **out, const acre_engine_options *given,
@@ -13,22 +24,20 @@ acre_status acre_engine_open(acre_engine **out, const acre_engine_options *given
   acre_engine_options options;
   ACRE_TAKE_OPTIONS(options, acre_engine_options_default(), given);
   *out = NULL;
-  if (!options.device || strcmp(options.device, "cpu") != 0) {
-    return acre_fail(error, ACRE_UNSUPPORTED, "device: got '%s', this build has 'cpu'",
-                     options.device ? options.device : "");
-  }
   if (options.threads < 0 || options.threads > 1024) {
     return acre_fail(error, ACRE_BAD_VALUE, "threads: got %d, expected 0 to 1024",
                      (int)options.threads);
   }
-  int32_t threads = options.threads ? options.threads : acre_cpu_count();
   acre_engine *engine = acre_alloc_zero(sizeof *engine);
   if (!engine) return acre_fail(error, ACRE_NO_MEMORY, "engine: out of memory");
-  acre_status status = acre_cpu_backend_open(&engine->backend, threads, options.isa, error);
+  acre_status status = open_backend(&engine->backend, &options, error);
   if (status != ACRE_OK) {
     acre_free(engine);
     return status;
   }
+  bool whole = strcmp(options.device, "cuda") != 0;
+  snprintf(engine->device, sizeof engine->device, "%s%s", options.device,
+           whole ? "" : ":0");
   engine->references = 1;
   *out = engine;
   return ACRE_OK;
@@ -45,6 +54,7 @@ void acre_engine_release(acre_engine *engine) {
   acre_free(engine);
 }
 
+const char *acre_engine_device(const acre_engine *engine) { return engine->device; }
 int32_t acre_engine_threads(const acre_engine *engine) { return engine->backend->threads; }
 const char *acre_engine_isa(const acre_engine *engine) { return engine->backend->isa; }
 size_t acre_engine_bytes(const acre_engine *engine) {

@@ -9,6 +9,7 @@
 struct acre_engine {
   _Atomic int64_t references;
   acre_backend *backend;
+  char device[16];
 };
 
 acre_engine *acre_engine_retain(acre_engine *engine);

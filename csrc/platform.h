@@ -4,7 +4,11 @@
 
 #include "status.h"
 
+#ifdef __cplusplus
+extern "C" {
+#else
 #include <stdatomic.h>
+#endif
 
 /* Aligned to ACRE_ALIGN. Freed by acre_free. NULL where memory is short. */
 void *acre_alloc(size_t bytes);
@@ -33,8 +37,13 @@ acre_thread *acre_thread_new(void (*run)(void *context), void *context); /* or N
 void acre_thread_join(acre_thread *thread); /* waits for its end and frees it */
 
 void acre_pause(void); /* one turn of a spin loop */
+#ifndef __cplusplus    /* which has no _Atomic */
 /* Sleeps while *word == value (may return early); wakes up to n who sleep on it. */
 void acre_wait(_Atomic uint32_t *word, uint32_t value);
 void acre_wake(_Atomic uint32_t *word, int32_t n);
+#endif
 
+#ifdef __cplusplus
+}
+#endif
 #endif

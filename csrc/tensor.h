@@ -5,6 +5,10 @@
 #include "bf16.h"
 #include "status.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 float acre_from_f16(uint16_t bits);
 
 /* Refuses unless `array` has exactly this shape; `name` opens the message. */
@@ -20,4 +24,7 @@ bool acre_store_row(void *dst, acre_dtype dtype, const float *row, int64_t count
 /* "[3, 64]" into text, for messages. */
 void acre_shape_text(char *text, size_t size, int32_t ndim, const int64_t *shape);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

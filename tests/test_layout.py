@@ -13,7 +13,7 @@ import acre
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
-    acre base bf16 status platform buffer tensor pool backend engine rope model
+    acre base bf16 status platform buffer tensor pool backend plugin engine rope model
     timeline tape forward loss backward nested select l2 cache build score refill decode
     session sweep trainer
 """.split()

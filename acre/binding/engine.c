@@ -8,14 +8,16 @@ static int optional_text(PyObject *object, const char *name, const char **out) {
 }
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"device", "threads", "isa", NULL};
-  PyObject *device = NULL, *threads = NULL, *isa = NULL;
+  static char *names[] = {"device", "threads", "isa", "plugin", "libraries", NULL};
+  PyObject *device = NULL, *threads = NULL, *isa = NULL, *plugin = NULL, *libraries = NULL;
   acre_engine_options options = acre_engine_options_default();
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOO:Engine", names, &device, &threads,
-                                   &isa) ||
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOOOO:Engine", names, &device, &threads,
+                                   &isa, &plugin, &libraries) ||
       optional_text(device, "device", &options.device) < 0 ||
       (threads && argument_int32(threads, "threads", &options.threads) < 0) ||
-      optional_text(isa, "isa", &options.isa) < 0)
+      optional_text(isa, "isa", &options.isa) < 0 ||
+      optional_text(plugin, "plugin", &options.plugin) < 0 ||
+      optional_text(libraries, "libraries", &options.libraries) < 0)
     return NULL;
   engine_object *self = (engine_object *)type->tp_alloc(type, 0);
   if (!self) return NULL;
@@ -39,6 +41,11 @@ static void engine_dealloc(engine_object *self) {
   acre_engine_release(self->engine);
   type->tp_free(self);
   Py_DECREF(type);
+}
+
+static PyObject *engine_device(engine_object *self, void *closure) {
+  (void)closure;
+  return PyUnicode_FromString(acre_engine_device(self->engine));
 }
 
 static PyObject *engine_threads(engine_object *self, void *closure) {
@@ -74,6 +81,8 @@ static PyMethodDef engine_methods[] = {
 };
 
 static PyGetSetDef engine_getset[] = {
+    {"device", (getter)engine_device, NULL, PyDoc_STR("Its name: 'cpu' or 'cuda:N'."),
+     NULL},
     {"threads", (getter)engine_threads, NULL, PyDoc_STR("Worker threads in use."), NULL},
     {"isa", (getter)engine_isa, NULL, PyDoc_STR("Instruction set in use, e.g. 'avx2'."),
      NULL},
@@ -84,13 +93,16 @@ static PyGetSetDef engine_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(engine_doc,
-             "Engine(device='cpu', threads=0, isa=None)\n--\n\n"
-             "A device and its threads; models are created on one and share it.\n\n"
-             "threads: worker threads including the caller's; 0 = all usable cores.\n"
-             "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
-             "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"
-             "for a device or instruction set that this build or machine lacks.");
+PyDoc_STRVAR(
+    engine_doc,
+    "Engine(device='cpu', threads=0, isa=None, plugin=None, libraries=None)\n--\n\n"
+    "A device and its threads; models are created on one and share it.\n\n"
+    "device: 'cpu', 'cuda' or 'cuda:N'; for CUDA, plugin is the backend's file and\n"
+    "libraries the directories, ':' between, to look for cuBLASLt in first.\n"
+    "threads: worker threads including the caller's; 0 = all usable cores.\n"
+    "isa: None = the best of this processor; 'scalar', 'avx2', 'avx512' or\n"
+    "'avx512_bf16' cap the choice. Raises ValueError, or NotImplementedError\n"
+    "for a device or instruction set that this build or machine lacks.");
 
 static PyType_Slot engine_slots[] = {
     {Py_tp_doc, (void *)engine_doc},

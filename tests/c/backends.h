@@ -1,5 +1,6 @@
 /* What the tests of operations share: a backend and a queue for every table that this
- * processor can run, with one thread and with three, and arrays of random numbers. */
+ * processor can run, with one thread and with three, the CUDA table as far as the host can
+ * run it (cuda/host), and arrays of random numbers. */
 #ifndef ACRE_TEST_BACKENDS_H
 #define ACRE_TEST_BACKENDS_H
 
@@ -8,16 +9,18 @@
 #include "cpu/kernels.h"
 #include "guard.h"
 #include "platform.h"
+#include "plugin.h"
 
 #include <math.h>
 #include <stdlib.h>
 
 #define EPS 0x1p-24
-#define BACKENDS 8
+#define CPU_BACKENDS 8
+#define BACKENDS (CPU_BACKENDS + 1)
 
 static acre_backend *backends[BACKENDS];
 static acre_queue *queues[BACKENDS];
-static int backend_count;
+static int backend_count, exact_count; /* of them, those that agree to the bit */
 static uint64_t seed;
 
 /* ---------------------------------------------------------------- arrays, guarded */
@@ -57,12 +60,28 @@ static inline bool same(const void *a, const void *b, int64_t bytes) {
   return memcmp(a, b, (size_t)bytes) == 0;
 }
 
+#ifdef ACRE_TEST_CUDA
+/* Little scratch, so that work is cut into parts at small sizes, too. */
+static inline bool open_cuda(void) {
+  acre_cuda_options options = {sizeof options, ACRE_TEST_CUDA, 12288, 1024};
+  acre_backend *backend;
+  acre_error error;
+  if (acre_cuda_backend_open(&backend, 0, &options, &error) != ACRE_OK) {
+    printf(" cuda-host: %s\n", error.message);
+    return false;
+  }
+  printf(" cuda-host/%s", backend->isa);
+  backends[backend_count] = backend;
+  return backend->ops->queue_open(backend, &queues[backend_count++], NULL) == ACRE_OK;
+}
+#endif
+
 /* The random seed is the first argument, or given. */
 static inline bool open_backends(int argc, char **argv, uint64_t default_seed) {
   static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
   seed = argc > 1 ? strtoull(argv[1], NULL, 10) : default_seed;
   printf("seed %llu, backends:", (unsigned long long)seed);
-  for (int i = 0; i < BACKENDS; i++) {
+  for (int i = 0; i < CPU_BACKENDS; i++) {
     acre_backend *backend;
     if (acre_cpu_backend_open(&backend, i % 2 ? 3 : 1, names[i / 2], NULL) != ACRE_OK)
       continue;
@@ -71,12 +90,25 @@ static inline bool open_backends(int argc, char **argv, uint64_t default_seed) {
       return false;
     backends[backend_count++] = backend;
   }
+  exact_count = backend_count;
+#ifdef ACRE_TEST_CUDA
+  if (!open_cuda()) return false;
+#endif
   printf("\n");
   return true;
 }
 
+/* The CPU's tables give the same bits; of them only the first is compared with exact values,
+ * which every other device must be near, too. */
+static inline bool to_the_bit(int i) { return i < exact_count; }
+static inline bool judged(int i) { return i == 0 || !to_the_bit(i); }
+
 static inline void close_backends(void) {
   for (int i = 0; i < backend_count; i++) {
+    acre_error error;
+    bool well = backends[i]->ops->sync(queues[i], &error) == ACRE_OK;
+    CHECK(well);
+    if (!well) fprintf(stderr, "  %s: %s\n", backends[i]->isa, error.message);
     backends[i]->ops->queue_close(queues[i]);
     backends[i]->ops->destroy(backends[i]);
   }

@@ -2,7 +2,13 @@
 #ifndef ACRE_CHECK_H
 #define ACRE_CHECK_H
 
+#ifdef __cplusplus
+#include <atomic>
+using std::atomic_fetch_add;
+using std::atomic_int;
+#else
 #include <stdatomic.h>
+#endif
 #include <stdint.h>
 #include <stdio.h>
 
@@ -18,7 +24,7 @@ static atomic_int check_passed, check_failed;
   } while (0)
 
 static inline int check_report(void) {
-  printf("%d passed, %d failed\n", check_passed, check_failed);
+  printf("%d passed, %d failed\n", (int)check_passed, (int)check_failed);
   return check_failed != 0;
 }
 

@@ -127,7 +127,7 @@ static void attend_right(const attend_case *c, bool split) {
   for (int i = 0; i < backend_count; i++) {
     char *out = untouched(n);
     run_attend(i, c, &a, out, 0, c->rows, split);
-    if (!first) {
+    if (judged(i)) {
       bool right = true;
       for (int64_t r = 0; r < c->rows; r++)
         for (int64_t head = 0; head < h; head++)
@@ -138,7 +138,7 @@ static void attend_right(const attend_case *c, bool split) {
                 (int)c->d, (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->seen,
                 (int)c->rows, c->dtype == ACRE_BF16, c->bias);
     }
-    CHECK(!first || same(first, out, n));
+    CHECK(!first || !to_the_bit(i) || same(first, out, n));
     for (int64_t r = 0; r < c->rows; r++)
       CHECK(out[r * stride + stride - 1] == 0x7f &&
             out[(r + 1) * stride - 2 * size] == 0x7f);
@@ -207,7 +207,7 @@ static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
       right &= fabs(scores[j] - (old[j] + exact[j])) <=
                EPS * ((double)(4 * d + 40) * 8 + (double)t * 3) * (exact[j] + 1e-3) + 1e-6;
     CHECK(right);
-    CHECK(!first || same(first, scores, m * 4));
+    CHECK(!first || !to_the_bit(i) || same(first, scores, m * 4));
     if (first)
       guarded_free(scores);
     else
@@ -224,6 +224,7 @@ int main(int argc, char **argv) {
   test_score(40, 300, 64, ACRE_BF16);
   test_score(7, 130, 90, ACRE_F32);
   test_score(130, 64, 16, ACRE_BF16);
+  test_score(300, 40, 6, ACRE_F32); /* many items */
   close_backends();
   return check_report();
 }

@@ -85,16 +85,14 @@ static void test_matmul(const matmul_case *c) {
     const acre_backend_ops *ops = backends[i]->ops;
     memcpy(y, old, (size_t)n * sizeof(float));
     ops->matmul(queues[i], y, stride, x, W, c->bias ? bias : NULL, c->rows, c->accumulate);
-    if (i == 0) {
-      if (c->weights == ACRE_WEIGHTS_Q8) quantize(kept, c->N, c->K);
-      CHECK(matmul_right(c, y, stride, old, x, kept, bias));
-    }
-    CHECK(!first || same(first, y, n * 4));
+    if (i == 0 && c->weights == ACRE_WEIGHTS_Q8) quantize(kept, c->N, c->K);
+    if (judged(i)) CHECK(matmul_right(c, y, stride, old, x, kept, bias));
+    CHECK(!first || !to_the_bit(i) || same(first, y, n * 4));
     int64_t r = c->rows / 2; /* alone */
     memcpy(row, old + r * stride, (size_t)c->N * sizeof(float));
     const char *x_r = (const char *)x + (size_t)(r * c->K) * acre_dtype_size(c->dtype);
     ops->matmul(queues[i], row, c->N, x_r, W, c->bias ? bias : NULL, 1, c->accumulate);
-    CHECK(same(row, y + r * stride, c->N * 4));
+    CHECK(!to_the_bit(i) || same(row, y + r * stride, c->N * 4));
     ops->matrix_release(W);
     guarded_free(row);
     if (first)
@@ -134,9 +132,9 @@ static void test_swiglu(int64_t rows, int64_t N, int64_t K, acre_dtype dtype) {
     char *y = guarded_alloc((size_t)(n * size)), *row = guarded_alloc((size_t)(N * size));
     ops->swiglu(queues[i], y, x, gate, up, rows);
     ops->swiglu(queues[i], row, (char *)x + rows / 2 * K * size, gate, up, 1);
-    CHECK(same(row, y + rows / 2 * N * size, N * size));
+    CHECK(!to_the_bit(i) || same(row, y + rows / 2 * N * size, N * size));
     bool right = true;
-    for (int64_t j = 0; !first && j < n; j++) {
+    for (int64_t j = 0; judged(i) && j < n; j++) {
       double a = 0.0, b = 0.0, a_size = 0.0, b_size = 0.0;
       for (int64_t k = 0; k < K; k++) {
         double x_k = at(x, j / N * K + k, dtype);
@@ -149,7 +147,7 @@ static void test_swiglu(int64_t rows, int64_t N, int64_t K, acre_dtype dtype) {
       right &= fabs(at(y, j, dtype) - exact) <= error + unit * fabs(exact) + 1e-7;
     }
     CHECK(right);
-    CHECK(!first || same(first, y, n * size));
+    CHECK(!first || !to_the_bit(i) || same(first, y, n * size));
     ops->matrix_release(gate), ops->matrix_release(up);
     guarded_free(row);
     if (first)
@@ -168,24 +166,24 @@ static void test_swiglus(void) {
 }
 
 /* Any dtype and strides; NaN, infinity, and what overflows T. */
-static void test_fill(void) {
+static void test_fill(int i) {
   double source[6 * 4];
   uint16_t halves[4] = {0x3c00, 0xc500, 0x0001, 0x7bff}; /* 1, -5, 2^-24, 65504 */
-  for (int i = 0; i < 24; i++) source[i] = i - 7.5;
-  const acre_backend_ops *ops = backends[0]->ops;
+  for (int j = 0; j < 24; j++) source[j] = j - 7.5;
+  const acre_backend_ops *ops = backends[i]->ops;
   acre_matrix *W;
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_SAME, NULL) ==
+  CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_SAME, NULL) ==
         ACRE_OK);
   acre_array turned = {source + 1, ACRE_F64, 2, {4, 3}, {1, 8}};
   bool finite = true;
   ops->matrix_fill(W, 0, &turned, &finite);
   float x[3] = {1, 10, 100}, y[4];
-  ops->matmul(queues[0], y, 4, x, W, NULL, 1, false);
+  ops->matmul(queues[i], y, 4, x, W, NULL, 1, false);
   for (int j = 0; j < 4; j++)
     CHECK(y[j] == (float)(source[1 + j] + 10 * source[9 + j] + 100 * source[17 + j]));
   acre_array half = {halves, ACRE_F16, 2, {1, 3}, {3, 1}};
   ops->matrix_fill(W, 2, &half, &finite);
-  ops->matmul(queues[0], y, 4, x, W, NULL, 1, false);
+  ops->matmul(queues[i], y, 4, x, W, NULL, 1, false);
   CHECK(finite && y[2] == 1 - 50 + 100 * 0x1p-24f &&
         y[3] == (float)(source[4] + 10 * source[12] + 100 * source[20]));
   float bad[3] = {1, 2, NAN};
@@ -196,14 +194,14 @@ static void test_fill(void) {
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(finite);
   ops->matrix_release(W);
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_SAME, NULL) ==
+  CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_SAME, NULL) ==
         ACRE_OK);
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(!finite);
   ops->matrix_release(W);
   float worse[6] = {1, NAN, -INFINITY, 0, 0, 0}; /* q8: told, and stored as something */
   acre_array rows = {worse, ACRE_F32, 2, {2, 3}, {3, 1}};
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_Q8, NULL) ==
+  CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_Q8, NULL) ==
         ACRE_OK);
   finite = true;
   ops->matrix_fill(W, 0, &rows, &finite);
@@ -211,17 +209,17 @@ static void test_fill(void) {
   rows.data = worse + 3, rows.shape[0] = 1, finite = true; /* a block of zeros */
   ops->matrix_fill(W, 0, &rows, &finite);
   uint16_t ones[3] = {0x3f80, 0x3f80, 0x3f80};
-  ops->matmul(queues[0], y, 4, ones, W, NULL, 1, false);
+  ops->matmul(queues[i], y, 4, ones, W, NULL, 1, false);
   CHECK(finite && y[0] == 0.0f && y[3] == 0.0f);
   ops->matrix_release(W);
   acre_error error;
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_Q8, &error) ==
+  CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_Q8, &error) ==
             ACRE_UNSUPPORTED &&
         !W);
-  CHECK(ops->matrix_create(backends[0], &W, 4, 3, ACRE_F16, ACRE_WEIGHTS_SAME, &error) ==
+  CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_F16, ACRE_WEIGHTS_SAME, &error) ==
             ACRE_UNSUPPORTED &&
         !W);
-  CHECK(ops->matrix_create(backends[0], &W, INT64_MAX / 2, 64, ACRE_F32, ACRE_WEIGHTS_SAME,
+  CHECK(ops->matrix_create(backends[i], &W, INT64_MAX / 2, 64, ACRE_F32, ACRE_WEIGHTS_SAME,
                            &error) == ACRE_NO_MEMORY);
 }
 
@@ -265,6 +263,21 @@ static float *run_rows(int i, const float *x, const void *table, const float *an
   return y;
 }
 
+/* The gain lies where the angles do. */
+static bool norm_right(const void *y, const float *x, const float *gain, acre_dtype dtype) {
+  bool right = true;
+  for (int64_t i = 0; i < 37; i++) {
+    double squares = 0.0, unit = dtype == ACRE_F32 ? 0.0 : 0x1p-8;
+    for (int64_t c = 0; c < 20; c++) squares += (double)x[i * 20 + c] * x[i * 20 + c];
+    for (int64_t c = 0; c < 20; c++) {
+      double exact_y = x[i * 20 + c] / sqrt(squares / 20 + 1e-5) * gain[c];
+      right &=
+          fabs(at(y, i * 20 + c, dtype) - exact_y) <= (20 * EPS + unit) * fabs(exact_y);
+    }
+  }
+  return right;
+}
+
 static void check_rows(const float *y, const float *x, const void *table, const float *cos,
                        const int32_t *index, acre_dtype dtype) {
   bool right = true;
@@ -273,6 +286,7 @@ static void check_rows(const float *y, const float *x, const void *table, const 
     for (int64_t c = 0; c < 20; c++)
       right &= y[i * 20 + c] == at(table, index[i] * 20 + c, dtype);
   CHECK(right);
+  CHECK(norm_right(y + 37 * 20, x, cos, dtype));
   y += 2 * 37 * 20;
   for (int64_t i = 0; i < 37; i++) {
     right &= same(y + i * 23, x + index[i] * 23, 92);
@@ -315,6 +329,14 @@ static void check_rows(const float *y, const float *x, const void *table, const 
   CHECK(right);
 }
 
+/* Of the first size numbers the same ones are written. */
+static bool same_written(const float *a, const float *b, int64_t size) {
+  bool right = true;
+  for (int64_t i = 0; i < size; i++)
+    right &= (acre_bits(a[i]) == 0x7fc0dead) == (acre_bits(b[i]) == 0x7fc0dead);
+  return right;
+}
+
 static void test_rows(acre_dtype dtype) {
   int64_t size = 20000;
   float *x = random_floats(50 * 100), *angles = random_floats(1000), *first = NULL;
@@ -325,20 +347,22 @@ static void test_rows(acre_dtype dtype) {
   memcpy(with_l1, index, sizeof index);
   for (int i = 0; i < backend_count; i++) {
     float *y = run_rows(i, x, table, angles, index, dtype, size);
+    if (judged(i)) check_rows(y, x, table, angles, index, dtype);
     if (!first) {
-      check_rows(y, x, table, angles, index, dtype);
       first = y;
       continue;
     }
-    CHECK(same(first, y, size * 4));
+    CHECK(to_the_bit(i) ? same(first, y, size * 4) : same_written(first, y, size));
     guarded_free(y);
   }
   for (int i = 0; i < 37; i += 5) with_l1[i] = 50;
   float *y = nans(37 * 20), row[20];
   void *l1 = random_typed(20, dtype);
-  backends[0]->ops->embed(queues[0], y, with_l1, table, l1, 37, 50, 20, dtype);
-  for (int c = 0; c < 20; c++) row[c] = at(l1, c, dtype);
-  CHECK(same(y, row, 80) && same(y + 35 * 20, row, 80) && same(y + 20, first + 20, 80));
+  for (int i = 0; i < backend_count; i++) {
+    backends[i]->ops->embed(queues[i], y, with_l1, table, l1, 37, 50, 20, dtype);
+    for (int c = 0; c < 20; c++) row[c] = at(l1, c, dtype);
+    CHECK(same(y, row, 80) && same(y + 35 * 20, row, 80) && same(y + 20, first + 20, 80));
+  }
   guarded_free(x), guarded_free(angles), guarded_free(table), guarded_free(first),
       guarded_free(y), guarded_free(l1);
 }
@@ -414,13 +438,13 @@ static void test_cross_entropy(int64_t rows, int64_t vocab) {
   for (int i = 0; i < backend_count; i++) {
     float *out = nans(rows);
     backends[i]->ops->cross_entropy(queues[i], out, logits, target, rows, vocab);
-    for (int64_t r = 0; i == 0 && r < rows; r++) {
+    for (int64_t r = 0; judged(i) && r < rows; r++) {
       double sum = 0.0, expected = 0.0;
       for (int64_t c = 0; c < vocab; c++) sum += exp((double)logits[r * vocab + c]);
       if (target[r] >= 0) expected = log(sum) - (double)logits[r * vocab + target[r]];
       CHECK(fabs(out[r] - expected) <= 16 * EPS * (1 + fabs(expected)));
     }
-    CHECK(!first || same(first, out, rows * 4));
+    CHECK(!first || !to_the_bit(i) || same(first, out, rows * 4));
     if (first)
       guarded_free(out);
     else
@@ -434,7 +458,8 @@ int main(int argc, char **argv) {
   test_memory();
   test_matmuls();
   test_swiglus();
-  test_fill();
+  for (int i = 0; i < backend_count; i++)
+    if (judged(i)) test_fill(i);
   test_rows(ACRE_F32);
   test_rows(ACRE_BF16);
   test_copies();

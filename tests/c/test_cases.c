@@ -17,7 +17,7 @@ static void test_case(const op_case *c, int i) {
 
 int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 9)) return 1;
-  for (int i = 1; i < backend_count; i += 2) /* three threads */
+  for (int i = 1; i < exact_count; i += 2) /* three threads */
     for (int64_t n = 0; n < ACRE_COUNT(model_cases); n++) {
       if (model_cases[n].heavy && i == 1) continue; /* the scalar table */
       op_case c = model_cases[n].op;

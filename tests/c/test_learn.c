@@ -20,13 +20,13 @@ static void *poisoned(int64_t n, acre_dtype dtype) {
   return memset(y, 0xff, (size_t)bytes_of(n, dtype));
 }
 
-/* Keeps the first backend's result, to which the others' must be equal. */
-static void keep_first(void **first, void *y, int64_t bytes) {
+/* Keeps the first backend's result, to which those of other tables must be equal. */
+static void keep_first(int i, void **first, void *y, int64_t bytes) {
   if (!*first) {
     *first = y;
     return;
   }
-  CHECK(same(*first, y, bytes));
+  CHECK(!to_the_bit(i) || same(*first, y, bytes));
   guarded_free(y);
 }
 
@@ -126,7 +126,8 @@ static void test_matrix(matrix_case c) {
 }
 
 static void test_matrices(void) {
-  static const int64_t sizes[][2] = {{1, 1}, {16, 32}, {17, 33}, {50, 3}, {5, 100}};
+  static const int64_t sizes[][2] = {{1, 1},   {16, 32}, {17, 33}, {50, 3},
+                                     {5, 100}, {7, 1},   {1, 7}};
   for (int64_t s = 0; s < ACRE_COUNT(sizes); s++) {
     test_matrix((matrix_case){sizes[s][0], sizes[s][1], ACRE_F32, ACRE_WEIGHTS_SAME});
     test_matrix((matrix_case){sizes[s][0], sizes[s][1], ACRE_BF16, ACRE_WEIGHTS_SAME});
@@ -255,9 +256,9 @@ static void test_rmsnorm_back(int64_t rows, int64_t n) {
   for (int i = 0; i < backend_count; i++) {
     float *dx = copy_of(old, rows * n * 4);
     backends[i]->ops->rmsnorm_back(queues[i], dx, dy, x, gain, 1e-5, rows, n);
-    for (int64_t r = 0; !first && r < rows; r++)
+    for (int64_t r = 0; judged(i) && r < rows; r++)
       check_norm_row(dx + r * n, old + r * n, dy + r * n, x + r * n, gain, n);
-    keep_first(&first, dx, rows * n * 4);
+    keep_first(i, &first, dx, rows * n * 4);
   }
   guarded_free(dy), guarded_free(x), guarded_free(gain), guarded_free(old);
   guarded_free(first);
@@ -288,11 +289,11 @@ static void test_swiglu_back(int64_t rows, int64_t width, acre_dtype dtype) {
     void *dgate = poisoned(n, dtype), *dup = poisoned(n, dtype);
     backends[i]->ops->swiglu_back(queues[i], dgate, dup, gate, up, dy, rows, width, dtype);
     bool right = true;
-    for (int64_t j = 0; i == 0 && j < n; j++)
+    for (int64_t j = 0; judged(i) && j < n; j++)
       check_swiglu_back(at(dgate, j, dtype), at(dup, j, dtype), gate[j], up[j], dy[j],
                         dtype, &right);
     CHECK(right);
-    keep_first(&first_gate, dgate, bytes), keep_first(&first_up, dup, bytes);
+    keep_first(i, &first_gate, dgate, bytes), keep_first(i, &first_up, dup, bytes);
   }
   guarded_free(gate), guarded_free(up), guarded_free(dy);
   guarded_free(first_gate), guarded_free(first_up);
@@ -345,12 +346,13 @@ static void test_cross_entropy_back(int64_t rows, int64_t vocab, acre_dtype dtyp
     float *out = nans(rows);
     backends[i]->ops->cross_entropy_back(queues[i], dlogits, out, logits, target, weight,
                                          rows, vocab, dtype);
-    for (int64_t r = 0; !first && r < rows; r++)
+    for (int64_t r = 0; judged(i) && r < rows; r++)
       check_loss_row(dlogits, r * vocab, out[r], logits + r * vocab, target[r], weight[r],
                      vocab, dtype);
     backends[i]->ops->cross_entropy(queues[i], alone, logits, target, rows, vocab);
-    CHECK(same(alone, out, rows * 4));
-    keep_first(&first, dlogits, bytes_of(n, dtype)), keep_first(&first_out, out, rows * 4);
+    CHECK(!to_the_bit(i) || same(alone, out, rows * 4));
+    keep_first(i, &first, dlogits, bytes_of(n, dtype)),
+        keep_first(i, &first_out, out, rows * 4);
   }
   guarded_free(logits), guarded_free(weight), guarded_free(target), guarded_free(alone);
   guarded_free(first), guarded_free(first_out);
@@ -382,13 +384,13 @@ static void test_matmul_back(int64_t rows, int64_t N, int64_t K, acre_dtype dtyp
     const acre_backend_ops *ops = backends[i]->ops;
     float *dW = copy_of(old, N * K * 4), *parts = copy_of(old, N * K * 4);
     ops->matmul_back(queues[i], dW, dy, stride, x, rows, N, K, dtype);
-    if (!first) CHECK(products_right(dW, old, dy, stride, x, rows, N, K, dtype));
+    if (judged(i)) CHECK(products_right(dW, old, dy, stride, x, rows, N, K, dtype));
     ops->matmul_back(queues[i], parts, dy, stride, x, cut, N, K, dtype);
     ops->matmul_back(queues[i], parts, dy + cut * stride, stride, x_cut, rows - cut, N, K,
                      dtype);
-    CHECK(same(parts, dW, N * K * 4));
+    CHECK(!to_the_bit(i) || same(parts, dW, N * K * 4));
     guarded_free(parts);
-    keep_first(&first, dW, N * K * 4);
+    keep_first(i, &first, dW, N * K * 4);
   }
   guarded_free(dy), guarded_free(old), guarded_free(x), guarded_free(first);
 }
@@ -484,8 +486,8 @@ static void test_score_back(int64_t t, int64_t m, acre_heads heads, int wanted_k
     float *dq = copy_of(old_q, n_q * 4), *dk = copy_of(old_k, n_k * 4);
     backends[i]->ops->score_back(queues[i], dq, stride, dk, c.factor, q, keys, wanted, use,
                                  t, m, &heads);
-    if (!first_q) CHECK(score_right(&c, dq, stride, dk, old_q, old_k));
-    keep_first(&first_q, dq, n_q * 4), keep_first(&first_k, dk, n_k * 4);
+    if (judged(i)) CHECK(score_right(&c, dq, stride, dk, old_q, old_k));
+    keep_first(i, &first_q, dq, n_q * 4), keep_first(i, &first_k, dk, n_k * 4);
   }
   guarded_free(q), guarded_free(keys), guarded_free(old_q), guarded_free(old_k);
   guarded_free(wanted), guarded_free(first_q), guarded_free(first_k);
@@ -499,6 +501,7 @@ static void test_score_backs(void) {
     test_score_back(37, 131, (acre_heads){9, 3, 64, T}, 0);
     test_score_back(3, 70, (acre_heads){2, 2, 80, T}, 1);
     test_score_back(2, 65, (acre_heads){4, 1, 512, T}, 2);
+    test_score_back(260, 40, (acre_heads){9, 3, 6, T}, 0); /* many items */
   }
 }
 
@@ -511,7 +514,7 @@ static void test_sum_squares(int64_t n) {
   for (int i = 0; i < backend_count; i++) {
     backends[i]->ops->sum_squares(queues[i], &sum, x, n);
     CHECK(fabs(sum - exact) <= 1e-12 * exact);
-    CHECK(first < 0 || sum == first);
+    CHECK(first < 0 || !to_the_bit(i) || sum == first);
     first = sum;
   }
   guarded_free(x);
@@ -543,12 +546,12 @@ static void test_adamw(int64_t n, int64_t step) {
     float *x = copy_of(old, 3 * n * 4);
     backends[i]->ops->adamw(queues[i], x, x + n, x + 2 * n, gradient, n, 0.3f, &by);
     bool right = true;
-    for (int64_t j = 0; !first && j < n; j++)
+    for (int64_t j = 0; judged(i) && j < n; j++)
       check_adamw((float[3]){x[j], x[n + j], x[2 * n + j]},
                   (float[3]){old[j], old[n + j], old[2 * n + j]}, gradient[j], 0.3f, &by,
                   &right);
     CHECK(right);
-    keep_first(&first, x, 3 * n * 4);
+    keep_first(i, &first, x, 3 * n * 4);
   }
   guarded_free(old), guarded_free(gradient), guarded_free(first);
 }

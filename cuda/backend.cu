@@ -1,0 +1,230 @@
+/* The CUDA backend's table, and how a device is opened or refused. */
+#include "gemm.h"
+
+#include <stdio.h>
+#include <string.h>
+
+namespace acre {
+namespace {
+
+constexpr int CAPABILITY_LEAST = 80; /* 8.0: bf16 matrix units, asynchronous copies */
+constexpr size_t WORKSPACE_BYTES = (size_t)96 << 20;
+constexpr size_t STAGING_BYTES = (size_t)1 << 20;
+constexpr size_t WORKSPACE_LEAST = 4096, STAGING_LEAST = 64;
+constexpr int64_t ROWS_MAX = 4096; /* rows of a pass: large products fill the device */
+
+/* ------------------------------------------------------------------ operations */
+
+acre_status sync(acre_queue *queue, acre_error *error) {
+  on_device scope(queue->owner->ordinal);
+  check(&queue->failure, cudaStreamSynchronize(queue->stream),
+        ACRE_SITE("cudaStreamSynchronize"));
+  failure *loading = &queue->owner->loader->failure;
+  failure *worst = queue->failure.failed ? &queue->failure : loading;
+  if (!worst->failed) return ACRE_OK;
+  bool told = __atomic_exchange_n(&worst->told, true, __ATOMIC_ACQ_REL);
+  return acre_fail(
+      error, ACRE_DEVICE, "%s%s",
+      told ? "the device failed before: " : "the device failed: ", worst->message);
+}
+
+void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
+  send(queue, dst, host, bytes);
+}
+
+/* Through the staging memory, which is free once the queue has come to rest. */
+void download(acre_queue *queue, void *host, const void *src, size_t bytes) {
+  on_device scope(queue->owner->ordinal);
+  staging *s = &queue->staging;
+  size_t room = STAGES * s->bytes;
+  if (!queue->failure.failed)
+    check(&queue->failure, cudaStreamSynchronize(queue->stream),
+          ACRE_SITE("cudaStreamSynchronize"));
+  s->used = 0, s->current = 0;
+  for (size_t at = 0; at < bytes && !queue->failure.failed; at += room) {
+    size_t some = room < bytes - at ? room : bytes - at;
+    if (check(&queue->failure,
+              cudaMemcpyAsync(s->memory, (const char *)src + at, some, cudaMemcpyDefault,
+                              queue->stream),
+              ACRE_SITE("cudaMemcpyAsync")) &&
+        check(&queue->failure, cudaStreamSynchronize(queue->stream),
+              ACRE_SITE("cudaStreamSynchronize")))
+      memcpy((char *)host + at, s->memory, some);
+  }
+  if (queue->failure.failed) memset(host, 0, bytes); /* nothing is made of old bytes */
+}
+
+void destroy(acre_backend *base) {
+  if (!base) return;
+  backend *owner = (backend *)base;
+  queue_close(owner->loader);
+  owner->loader = NULL;
+  leave(owner);
+}
+
+/* What every chip can do; a kernel for some chips takes the place of one of these here, once,
+ * by the chip's capability. */
+acre_backend_ops operations_for(const limits &chip) {
+  (void)chip;
+  acre_backend_ops ops = {};
+  ops.name = "cuda";
+  ops.alloc = alloc;
+  ops.destroy = destroy;
+  ops.queue_open = queue_open;
+  ops.queue_close = queue_close;
+  ops.sync = sync;
+  ops.upload = upload;
+  ops.download = download;
+  ops.matrix_create = acre_cuda_matrix_create;
+  ops.matrix_release = acre_cuda_matrix_release;
+  ops.matrix_fill = acre_cuda_matrix_fill;
+  ops.matrix_get = acre_cuda_matrix_get;
+  ops.matrix_set = acre_cuda_matrix_set;
+  ops.matrix_transpose = acre_cuda_matrix_transpose;
+  ops.embed = acre_cuda_embed;
+  ops.rmsnorm = acre_cuda_rmsnorm;
+  ops.matmul = acre_cuda_matmul;
+  ops.swiglu = acre_cuda_swiglu;
+  ops.cross_entropy = acre_cuda_cross_entropy;
+  ops.gather_rows = acre_cuda_gather_rows;
+  ops.scatter_rows = acre_cuda_scatter_rows;
+  ops.rope = acre_cuda_rope;
+  ops.store_kv = acre_cuda_store_kv;
+  ops.rotate = acre_cuda_rotate;
+  ops.copy_rows = acre_cuda_copy_rows;
+  ops.pool = acre_cuda_pool;
+  ops.attend = acre_cuda_attend;
+  ops.score = acre_cuda_score;
+  ops.clear = acre_cuda_clear;
+  ops.round = acre_cuda_round;
+  ops.add_rows = acre_cuda_add_rows;
+  ops.rmsnorm_back = acre_cuda_rmsnorm_back;
+  ops.swiglu_back = acre_cuda_swiglu_back;
+  ops.cross_entropy_back = acre_cuda_cross_entropy_back;
+  ops.matmul_back = acre_cuda_matmul_back;
+  ops.attend_back = acre_cuda_attend_back;
+  ops.score_back = acre_cuda_score_back;
+  ops.sum_squares = acre_cuda_sum_squares;
+  ops.adamw = acre_cuda_adamw;
+  return ops;
+}
+
+/* ------------------------------------------------------------------ opening */
+
+/* "13.0" of a version as CUDA counts them. */
+struct version_text {
+  char text[24];
+  explicit version_text(int version) {
+    snprintf(text, sizeof text, "%d.%d", version / 1000, version % 1000 / 10);
+  }
+};
+
+/* A driver that this runtime can work with, and at least one device. */
+acre_status find_devices(int *count, acre_error *error) {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver == 0)
+    return acre_fail(error, ACRE_UNSUPPORTED,
+                     "device: no NVIDIA driver is installed on this machine");
+  cudaError_t failed = cudaGetDeviceCount(count);
+  if (failed == cudaErrorInsufficientDriver)
+    return acre_fail(
+        error, ACRE_UNSUPPORTED,
+        "device: the NVIDIA driver is too old: it supports CUDA %s, this build "
+        "of acre needs %s",
+        version_text(driver).text, version_text(runtime).text);
+  if (failed == cudaErrorNoDevice || (failed == cudaSuccess && *count == 0))
+    return acre_fail(error, ACRE_UNSUPPORTED,
+                     "device: there is a driver for CUDA %s, but no GPU that it can use",
+                     version_text(driver).text);
+  return failed == cudaSuccess ? ACRE_OK
+                               : refuse(error, failed, ACRE_SITE("cudaGetDeviceCount"));
+}
+
+acre_status read_limits(limits *chip, int ordinal, acre_error *error) {
+  int shared = 0;
+  const struct {
+    int *value;
+    cudaDeviceAttr attribute;
+  } wanted[] = {{&chip->major, cudaDevAttrComputeCapabilityMajor},
+                {&chip->minor, cudaDevAttrComputeCapabilityMinor},
+                {&chip->processors, cudaDevAttrMultiProcessorCount},
+                {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto &one : wanted) {
+    cudaError_t failed = cudaDeviceGetAttribute(one.value, one.attribute, ordinal);
+    if (failed != cudaSuccess)
+      return refuse(error, failed, ACRE_SITE("cudaDeviceGetAttribute"));
+  }
+  chip->shared = (size_t)shared;
+  if (chip->major * 10 + chip->minor < CAPABILITY_LEAST)
+    return acre_fail(
+        error, ACRE_UNSUPPORTED,
+        "device: cuda:%d has compute capability %d.%d, expected %d.%d or later", ordinal,
+        chip->major, chip->minor, CAPABILITY_LEAST / 10, CAPABILITY_LEAST % 10);
+  return ACRE_OK;
+}
+
+acre_status choose_device(limits *chip, int ordinal, acre_error *error) {
+  int count = 0;
+  ACRE_TRY(find_devices(&count, error));
+  if (ordinal < 0 || ordinal >= count)
+    return acre_fail(error, ACRE_BAD_VALUE,
+                     "device: got cuda:%d, this machine has %d GPU%s (cuda:0%s)", ordinal,
+                     count, count == 1 ? "" : "s", count == 1 ? "" : "...");
+  return read_limits(chip, ordinal, error);
+}
+
+size_t size_or(size_t given, size_t otherwise, size_t least) {
+  size_t bytes = given ? given : otherwise;
+  bytes = bytes < least ? least : bytes;
+  return (bytes + ACRE_ALIGN - 1) / ACRE_ALIGN * ACRE_ALIGN;
+}
+
+acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
+                 acre_error *error) {
+  owner->ordinal = ordinal;
+  owner->references = 1;
+  owner->workspace_bytes =
+      size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
+  owner->staging_bytes = size_or(options.staging_bytes, STAGING_BYTES, STAGING_LEAST);
+  snprintf(owner->isa, sizeof owner->isa, "sm_%d%d", owner->chip.major, owner->chip.minor);
+  owner->ops = operations_for(owner->chip);
+  owner->base.ops = &owner->ops;
+  owner->base.isa = owner->isa;
+  owner->base.threads = 1;
+  owner->base.rows_max = ROWS_MAX;
+  owner->base.apart = true;
+  owner->loading = acre_mutex_new();
+  if (!owner->loading)
+    return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  ACRE_TRY(gemm_library_open(&owner->gemm, options.libraries, error));
+  return queue_open_with(owner, WORKSPACE_LEAST, &owner->loader, error);
+}
+
+}  // namespace
+}  // namespace acre
+
+extern "C" {
+
+const char acre_cuda_version[] = ACRE_VERSION;
+
+acre_status acre_cuda_backend_open(acre_backend **out, int32_t ordinal,
+                                   const acre_cuda_options *given, acre_error *error) {
+  *out = NULL;
+  acre_cuda_options options;
+  ACRE_TAKE_OPTIONS(options, (acre_cuda_options{sizeof options, NULL, 0, 0}), given);
+  acre::limits chip = {};
+  ACRE_TRY(acre::choose_device(&chip, ordinal, error));
+  acre::backend *owner = (acre::backend *)acre_alloc_zero(sizeof *owner);
+  if (!owner) return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  owner->chip = chip;
+  acre_status status = acre::fill(owner, ordinal, options, error);
+  if (status != ACRE_OK) {
+    acre::destroy(&owner->base);
+    return status;
+  }
+  *out = &owner->base;
+  return ACRE_OK;
+}
+}

@@ -1,0 +1,26 @@
+/* What tests may ask of the host's CUDA, or make it do. */
+#ifndef ACRE_HOST_H
+#define ACRE_HOST_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The machine that the runtime tells of. Versions as 1000 * major + 10 * minor. */
+typedef struct acre_host_machine {
+  int driver, devices, major, minor;
+} acre_host_machine;
+
+extern acre_host_machine acre_host_is;
+
+void acre_host_seed(uint64_t seed); /* of the order of blocks and threads */
+int64_t acre_host_launches(void);   /* of kernels, so far */
+void acre_host_fail(int error,
+                    int64_t call); /* the call-th of the calls that can, from 1 */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

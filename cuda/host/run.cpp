@@ -1,0 +1,242 @@
+/* Kernels on the host: the blocks of a launch in turn, the threads of a block as fibers.
+ *
+ * A fiber runs until it reaches a barrier or a shuffle, so between two of them a thread sees
+ * either all or nothing of what another did; both blocks and threads are taken in an order
+ * that changes from block to block, so that a barrier that is missing shows as a wrong
+ * result. Shared memory is full of NaN before each block, and allocated to the byte, so that
+ * AddressSanitizer sees what lies beyond. Where no thread can go on, the launch fails and
+ * says who waits for what; nothing hangs. */
+#include "cuda_runtime.h"
+#include "fiber.h"
+#include "host.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+namespace {
+
+enum { THREADS_MOST = 1024, LANES = 32, KINDS = 4 };
+enum wait { READY, AT_BARRIER, AT_EXCHANGE, ENDED };
+
+const char *const KIND[KINDS] = {"a barrier", "__syncwarp", "__shfl_xor_sync",
+                                 "__shfl_sync"};
+const size_t SHARED_MOST = 99 * 1024; /* the least of the chips that are supported */
+
+struct thread {
+  acre_host_thread place;
+  acre_fiber fiber;
+  wait state;
+  unsigned mask; /* of an exchange */
+  uint32_t value;
+  int source, kind;
+};
+
+struct machine {
+  thread *threads; /* [THREADS_MOST] */
+  thread *current;
+  acre_fiber scheduler;
+  unsigned char *shared;
+  int count, ended, at_barrier;
+  int order[THREADS_MOST];
+  uint64_t random;
+  void (*call)(const void *);
+  const void *arguments;
+};
+
+thread_local machine here;
+thread_local int64_t launches;
+uint64_t first_seed = 1;
+
+uint64_t random_bits(machine *m) { /* splitmix64 */
+  uint64_t z = (m->random += 0x9e3779b97f4a7c15u);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
+}
+
+void shuffle(machine *m) {
+  for (int i = 0; i < m->count; i++) {
+    int j = (int)(random_bits(m) % (uint64_t)(i + 1));
+    m->order[i] = m->order[j], m->order[j] = i;
+  }
+}
+
+void yield(void) { acre_fiber_switch(&here.current->fiber, &here.scheduler, false); }
+
+void thread_main(void) {
+  here.call(here.arguments);
+  here.current->state = ENDED;
+  here.ended++;
+  acre_fiber_switch(&here.current->fiber, &here.scheduler, true);
+}
+
+/* ------------------------------------------------------------------ a block */
+
+void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
+  m->count = (int)(block.x * block.y * block.z);
+  m->ended = m->at_barrier = 0;
+  for (int i = 0; i < m->count; i++) {
+    thread *t = &m->threads[i];
+    unsigned n = (unsigned)i;
+    dim3 index(n % block.x, n / block.x % block.y, n / block.x / block.y);
+    t->place = {index, at, block, grid};
+    t->state = READY;
+    acre_fiber_begin(&t->fiber, thread_main);
+  }
+  shuffle(m);
+}
+
+/* One turn of all threads of these warps; false where none could move. */
+bool turn_of(machine *m, uint32_t warps) {
+  bool moved = false;
+  for (int i = 0; i < m->count; i++) {
+    thread *t = &m->threads[m->order[i]];
+    if (t->state != READY || !(warps >> (m->order[i] / LANES) & 1)) continue;
+    moved = true;
+    m->current = t;
+    acre_fiber_switch(&m->scheduler, &t->fiber, false);
+  }
+  return moved;
+}
+
+/* Some warps run ahead of others. */
+bool turn(machine *m) {
+  return turn_of(m, (uint32_t)random_bits(m)) || turn_of(m, ~(uint32_t)0);
+}
+
+void tell(const machine *m, const char *name, uint64_t seed) {
+  fprintf(stderr, "kernel %s, seed %llu: of %d threads %d have ended", name,
+          (unsigned long long)seed, m->count, m->ended);
+  int waiting[KINDS] = {0}, first[KINDS] = {0};
+  for (int i = m->count - 1; i >= 0; i--) {
+    const thread *t = &m->threads[i];
+    if (t->state == ENDED) continue;
+    int kind = t->state == AT_EXCHANGE ? t->kind : 0;
+    waiting[kind]++, first[kind] = i;
+  }
+  for (int kind = 0; kind < KINDS; kind++)
+    if (waiting[kind])
+      fprintf(stderr, ", %d wait at %s (thread %d of block %u)", waiting[kind], KIND[kind],
+              first[kind], m->threads[0].place.block.x);
+  fprintf(stderr, "\n");
+}
+
+bool run_block(machine *m, const char *name) {
+  uint64_t seed = m->random;
+  while (m->ended < m->count) {
+    bool moved = turn(m);
+    if (m->at_barrier == m->count) { /* all of them: nobody may have ended before */
+      for (int i = 0; i < m->count; i++) m->threads[i].state = READY;
+      m->at_barrier = 0;
+      shuffle(m);
+    } else if (!moved) {
+      tell(m, name, seed);
+      for (int i = 0; i < m->count; i++) acre_fiber_abandon(&m->threads[i].fiber);
+      return false;
+    }
+  }
+  return true;
+}
+
+/* ------------------------------------------------------------------ a launch */
+
+bool prepare(machine *m) {
+  if (m->threads) return true;
+  m->threads = (thread *)calloc(THREADS_MOST, sizeof *m->threads);
+  m->random = first_seed;
+  return m->threads != NULL;
+}
+
+bool allowed(dim3 grid, dim3 block, size_t shared) {
+  unsigned threads = block.x * block.y * block.z;
+  return grid.x && grid.y && grid.z && grid.x < 1u << 31 && grid.y < 1u << 16 &&
+         grid.z < 1u << 16 && threads && threads <= THREADS_MOST && shared <= SHARED_MOST;
+}
+
+/* Blocks from anywhere on, with a stride that meets each of them once. */
+cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size_t shared) {
+  uint64_t count = (uint64_t)grid.x * grid.y * grid.z;
+  uint64_t at = random_bits(m) % count, step = random_bits(m) % 2 ? 1 : count - 1;
+  bool right = true;
+  for (uint64_t i = 0; right && i < count; i++, at = (at + step) % count) {
+    dim3 place((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
+               (unsigned)(at / grid.x / grid.y));
+    memset(m->shared, 0xff, shared);
+    begin(m, block, place, grid);
+    right = run_block(m, name);
+  }
+  return right ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t acre_host_result(void); /* runtime.cpp */
+
+const acre_host_thread *acre_host_current(void) { return &here.current->place; }
+
+unsigned char *acre_host_shared(void) { return here.shared; }
+
+void acre_host_barrier(void) {
+  here.current->state = AT_BARRIER;
+  here.at_barrier++;
+  yield();
+}
+
+uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind) {
+  machine *m = &here;
+  thread *self = m->current;
+  int warp = (int)(self - m->threads) / LANES * LANES;
+  self->state = AT_EXCHANGE;
+  self->mask = mask, self->value = value, self->source = source, self->kind = kind;
+  bool all = mask >> (self - m->threads - warp) & 1; /* of the mask, for the same thing */
+  for (int lane = 0; all && lane < LANES; lane++) {
+    if (!(mask >> lane & 1)) continue;
+    const thread *t = &m->threads[warp + lane];
+    all = warp + lane < m->count && t->state == AT_EXCHANGE && t->mask == mask &&
+          t->kind == kind;
+  }
+  if (!all) {
+    yield();
+    return self->value;
+  }
+  uint32_t given[LANES];
+  for (int lane = 0; lane < LANES; lane++)
+    if (mask >> lane & 1) given[lane] = m->threads[warp + lane].value;
+  for (int lane = 0; lane < LANES; lane++) {
+    if (!(mask >> lane & 1)) continue;
+    thread *t = &m->threads[warp + lane];
+    t->state = READY;
+    if (mask >> t->source & 1) t->value = given[t->source];
+  }
+  return self->value;
+}
+
+cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
+                          void (*call)(const void *), const void *arguments) {
+  machine *m = &here;
+  launches++;
+  cudaError_t refused = acre_host_result();
+  if (refused != cudaSuccess) return refused;
+  if (!allowed(grid, block, shared) || !prepare(m)) {
+    fprintf(stderr, "kernel %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n", name,
+            grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+    return cudaErrorInvalidValue;
+  }
+  void *memory = NULL;
+  if (posix_memalign(&memory, 128, shared ? shared : 1) != 0)
+    return cudaErrorMemoryAllocation;
+  m->shared = (unsigned char *)memory;
+  m->call = call, m->arguments = arguments;
+  acre_host_access(true);
+  cudaError_t error = run_blocks(m, name, grid, block, shared);
+  acre_host_access(false);
+  free(memory);
+  m->shared = NULL;
+  return error;
+}
+
+void acre_host_seed(uint64_t seed) { first_seed = here.random = seed; }
+int64_t acre_host_launches(void) { return launches; }
+}

@@ -1,0 +1,150 @@
+"""The CUDA backend as far as a machine without a GPU shows it: what is refused, and
+what the compiler made. The kernels themselves run in the C tests (cuda/README.md)."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import toy
+
+import acre
+from acre import _core, devices
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLUGIN = devices.cuda_plugin()
+built = pytest.mark.skipif(PLUGIN is None, reason="no nvcc, so no acre/_cuda.so")
+
+
+def loads(library: str) -> bool:
+    """Whether the dynamic loader has it."""
+    code = f"import ctypes; ctypes.CDLL({library!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    return run.returncode == 0
+
+
+def from_wheel(pattern: str) -> pathlib.Path | None:
+    """A file of the nvidia-* wheels, by its path below nvidia/."""
+    for directory in devices.cuda_libraries().split(":"):
+        root = pathlib.Path(directory).parent.parent
+        for path in root.glob(pattern) if directory else ():
+            return path
+    return None
+
+
+# ------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.skipif(loads("libcuda.so.1"), reason="there is a driver")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
+def test_without_a_driver(device):
+    words = "no NVIDIA driver" if PLUGIN else "nvcc"
+    with pytest.raises(NotImplementedError, match=words):
+        acre.Model.from_arrays(toy.hf_config(), toy.arrays(), device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:one", "cuda:-1", "cuda0", "gpu", ""])
+def test_names_that_are_none(device):
+    with pytest.raises(ValueError, match="expected 'cpu', 'cuda' or 'cuda:N'"):
+        acre.Model.from_arrays(toy.hf_config(), toy.arrays(), device=device)
+
+
+def test_a_file_that_is_no_plugin(tmp_path):
+    path = tmp_path / "_cuda.so"
+    path.write_bytes(b"not this")
+    with pytest.raises(NotImplementedError, match="does not load.*_cuda.so"):
+        _core.Engine(device="cuda", plugin=str(path))
+    with pytest.raises(NotImplementedError, match="version unknown"):
+        _core.Engine(device="cuda", plugin=_core.__file__)
+
+
+def test_nothing_is_loaded_before_it_is_asked_for():
+    code = (
+        "import acre, toy; acre.Model.from_arrays(toy.hf_config(), toy.arrays());"
+        "maps = open('/proc/self/maps').read();"
+        "print([name for name in ('_cuda', 'libcuda', 'cublas') if name in maps])"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_libraries_of_wheels_are_found(tmp_path, monkeypatch):
+    for name in ("one/nvidia/cublas/lib", "two/nvidia/cu13/lib", "two/nvidia/cu13/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "one"), str(tmp_path / "two")])
+    found = devices.cuda_libraries().split(":")
+    wanted = ["one/nvidia/cublas/lib", "two/nvidia/cu13/lib"]
+    assert found == [str(tmp_path / name) for name in wanted]
+    monkeypatch.setattr(sys, "path", [])
+    assert devices.cuda_libraries() == ""
+
+
+# ------------------------------------------------------------------ what was compiled
+
+
+@built
+def test_exports_and_needs():
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", PLUGIN], capture_output=True, text=True
+    ).stdout.split()[2::3]
+    assert sorted(names) == ["acre_cuda_backend_open", "acre_cuda_version"]
+    needs = subprocess.run(["readelf", "-d", PLUGIN], capture_output=True, text=True)
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", needs.stdout))
+    assert not {name for name in needed if re.search(r"cuda|cublas|stdc\+\+", name)}
+
+
+@built
+def test_machine_code_of_each_chip_and_ptx():
+    tool = shutil.which("cuobjdump") or from_wheel("*/bin/cuobjdump")
+    if tool is None:
+        pytest.skip("no cuobjdump (nvidia-cuda-cuobjdump)")
+    command = [tool, "--list-elf", "--list-ptx", PLUGIN]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kinds = Counter(re.findall(r"(sm_\w+)\.(cubin|ptx)", listed))
+    sources = len(list((ROOT / "cuda").glob("*.cu")))
+    assert kinds["sm_80", "cubin"] >= sources
+    assert kinds["sm_90a", "cubin"] >= sources
+    assert kinds["sm_90", "ptx"] == sources
+    assert set(kinds) == {("sm_80", "cubin"), ("sm_90a", "cubin"), ("sm_90", "ptx")}
+
+
+@built
+def test_no_kernel_spills():
+    """Of the compiler's reports: registers that go to memory and back."""
+    logs = sorted((ROOT / "build" / "cuda" / "cuda").glob("*.cu.log"))
+    if not logs:
+        pytest.skip("the backend was built elsewhere")
+    kernels, spilling = 0, []
+    entry = re.compile(
+        r"function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+)", re.DOTALL
+    )
+    for log in logs:
+        for name, chip, stores, loads_ in entry.findall(log.read_text()):
+            kernels += 1
+            if (stores, loads_) != ("0", "0"):
+                spilling.append((name, chip, stores, loads_))
+    assert kernels > 100
+    assert not spilling
+
+
+def test_numbers_of_cublaslt_are_the_library_s():
+    header = from_wheel("*/include/cublasLt.h")
+    if header is None:
+        pytest.skip("no cublasLt.h (nvidia-cublas)")
+    theirs = header.read_text() + (header.parent / "cublas_api.h").read_text()
+    ours = (ROOT / "cuda" / "cublaslt.h").read_text()
+    prefixes = {"DESC": "CUBLASLT_MATMUL_DESC", "PREF": "CUBLASLT_MATMUL_PREF"}
+    prefixes |= {"EPILOGUE": "CUBLASLT_EPILOGUE", "OP": "CUBLAS_OP"}
+    found = re.findall(r"LT_(DESC|PREF|EPILOGUE|OP)_(\w+) = (\d+)", ours)
+    assert len(found) == 13
+    for kind, name, number in found:
+        assert re.search(rf"\b{prefixes[kind]}_{name} = {number}\b", theirs), name
+    assert "CUBLAS_COMPUTE_32F = 68" in theirs
+    for name in re.findall(r"X\([^,]+, (cublasLt\w+)", ours):
+        assert re.search(rf"\b{name}\(", theirs), name
