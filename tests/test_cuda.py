@@ -117,7 +117,7 @@ def test_machine_code_of_each_chip_and_ptx():
 @built
 def test_no_kernel_spills():
     """Of the compiler's reports: registers that go to memory and back."""
-    logs = sorted((ROOT / "build" / "cuda" / "cuda").glob("*.cu.log"))
+    logs = sorted((ROOT / "build" / "cuda" / "cuda").rglob("*.cu.log"))
     if not logs:
         pytest.skip("the backend was built elsewhere")
     kernels, spilling = 0, []

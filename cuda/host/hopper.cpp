@@ -59,6 +59,8 @@ struct state {
   unsigned char *shared, *view; /* view: what the asynchronous proxy reads */
   size_t bytes, room;
   bool used;
+  bool early;       /* of this block: whether products are computed at once or at last */
+  uint64_t copying; /* of this block: one turn in so many moves a copy; 0: none must */
   copy copies[COPIES];
   int copy_count;
   warp_products warps[WARPS];
@@ -193,8 +195,7 @@ void read_a(float (&a)[ROWS][DEPTH], const product &p) {
   if (!p.a[0]) {
     operand from(p.a_matrix);
     for (int r = 0; r < ROWS; r++)
-      for (int k = 0; k < DEPTH; k++)
-        a[r][k] = from.k_major(p.warp % 4 * ROWS + r, k);
+      for (int k = 0; k < DEPTH; k++) a[r][k] = from.k_major(p.warp % 4 * ROWS + r, k);
     return;
   }
   for (int lane = 0; lane < LANES; lane++)
@@ -279,11 +280,11 @@ void issue(void *const *of, int warp) {
     return;
   }
   product *p = &w->waiting[w->count++];
-  *p = product{{NULL},           call->a_matrix, call->b,      chain_of(w, of),
-               w->group,         warp,           call->turned, call->add};
+  *p = product{{NULL},   call->a_matrix, call->b,      chain_of(w, of),
+               w->group, warp,           call->turned, call->add};
   for (int lane = 0; lane < LANES; lane++) p->a[lane] = ((const product_call *)of[lane])->a;
   w->chains[p->chain].products++;
-  if (acre_host_random() % 4 == 0) compute_all(w, w->count); /* early; else when waited for */
+  if (here.early) compute_all(w, w->count);
 }
 
 void fence(void *const *, int warp) { here.warps[warp].fenced = true; }
@@ -310,6 +311,8 @@ extern "C" {
 void acre_hopper_begin(unsigned char *shared, size_t bytes) {
   here.shared = shared, here.bytes = bytes;
   here.used = false, here.copy_count = 0;
+  here.early = acre_host_random() % 2;
+  here.copying = acre_host_random() % 3 * 4;
   memset(here.names, 0, sizeof here.names);
   for (warp_products &w : here.warps) {
     w.count = w.computed = w.group = 0, w.fenced = false;
@@ -318,8 +321,9 @@ void acre_hopper_begin(unsigned char *shared, size_t bytes) {
 }
 
 bool acre_hopper_step(uint64_t random, bool must) {
-  if (here.copy_count == 0 || (!must && random % 4)) return false;
-  int chosen = (int)(random / 4 % (uint64_t)here.copy_count);
+  bool moves = must || (here.copying && random % here.copying == 0);
+  if (here.copy_count == 0 || !moves) return false;
+  int chosen = (int)(random / 64 % (uint64_t)here.copy_count);
   copy c = here.copies[chosen];
   here.copies[chosen] = here.copies[--here.copy_count];
   perform(c);
@@ -378,8 +382,8 @@ unsigned acre_host_shared_address(const void *shared) {
   return (unsigned)((uintptr_t)shared - shared_origin());
 }
 
-void acre_host_wgmma(float *d, int columns, const uint32_t *a, uint64_t a_matrix, uint64_t b,
-                     bool turned, bool add) {
+void acre_host_wgmma(float *d, int columns, const uint32_t *a, uint64_t a_matrix,
+                     uint64_t b, bool turned, bool add) {
   use();
   product_call call = {d, a, a_matrix, b, columns, turned, add};
   acre_host_together(&call, issue, ACRE_WAIT_WGMMA);
@@ -394,17 +398,16 @@ static CUresult encode(CUtensorMap *out, CUtensorMapDataType type, cuuint32_t ra
                        const cuuint32_t *box, const cuuint32_t *steps,
                        CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  bool right = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 2 &&
-               (uintptr_t)data % 16 == 0 && (uintptr_t)out % 64 == 0 &&
-               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-               swizzle == CU_TENSOR_MAP_SWIZZLE_128B && strides[0] % 16 == 0 &&
-               strides[0] < (uint64_t)1 << 40 && box[0] * 2 == BOX_ROW && box[1] &&
-               box[1] <= 256;
+  bool right =
+      type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 2 && (uintptr_t)data % 16 == 0 &&
+      (uintptr_t)out % 64 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+      swizzle == CU_TENSOR_MAP_SWIZZLE_128B && strides[0] % 16 == 0 &&
+      strides[0] < (uint64_t)1 << 40 && box[0] * 2 == BOX_ROW && box[1] && box[1] <= 256;
   for (int i = 0; i < 2; i++)
     right = right && sizes[i] && sizes[i] <= (uint64_t)1 << 32 && steps[i] == 1;
   if (!right) return CUDA_ERROR_INVALID_VALUE;
-  box_map map = {(const char *)data, sizes[0], sizes[1], strides[0],
-                 box[0],             box[1],   BOX_MAGIC};
+  box_map map = {(const char *)data, sizes[0], sizes[1], strides[0], box[0], box[1],
+                 BOX_MAGIC};
   memset(out, 0, sizeof *out);
   memcpy(out, &map, sizeof map);
   return CUDA_SUCCESS;

@@ -21,7 +21,7 @@ namespace {
 enum { THREADS_MOST = 1024, LANES = 32, KINDS = 7 };
 enum wait { READY, AT_BARRIER, AT_EXCHANGE, AT_CONDITION, ENDED };
 
-const char *const KIND[KINDS] = {"a barrier", "__syncwarp", "__shfl_xor_sync",
+const char *const KIND[KINDS] = {"a barrier",   "__syncwarp",      "__shfl_xor_sync",
                                  "__shfl_sync", "a named barrier", "an mbarrier",
                                  "wgmma"};
 
@@ -43,7 +43,8 @@ struct machine {
   acre_fiber scheduler;
   unsigned char *shared;
   int count, ended, at_barrier;
-  bool broken; /* a rule: the block has failed */
+  bool broken;   /* a rule: the block has failed */
+  uint32_t slow; /* warps that mostly stay behind */
   int order[THREADS_MOST];
   uint64_t random;
   void (*call)(const void *);
@@ -83,6 +84,7 @@ void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
   m->count = (int)(block.x * block.y * block.z);
   m->ended = m->at_barrier = 0;
   m->broken = false;
+  m->slow = (uint32_t)(random_bits(m) & random_bits(m));
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[i];
     unsigned n = (unsigned)i;
@@ -109,9 +111,10 @@ bool turn_of(machine *m, uint32_t warps) {
   return moved;
 }
 
-/* Some warps run ahead of others. */
+/* Some warps run ahead of others, and a few of them far ahead. */
 bool turn(machine *m) {
-  return turn_of(m, (uint32_t)random_bits(m)) || turn_of(m, ~(uint32_t)0);
+  uint32_t kept = random_bits(m) % 16 ? m->slow : 0;
+  return turn_of(m, (uint32_t)random_bits(m) & ~kept) || turn_of(m, ~(uint32_t)0);
 }
 
 void tell(const machine *m, const char *name, uint64_t seed) {
@@ -226,8 +229,8 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
   return self->value;
 }
 
-void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what, uint32_t which,
-                     int kind) {
+void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what,
+                     uint32_t which, int kind) {
   thread *self = here.current;
   self->state = AT_CONDITION, self->kind = kind;
   self->ready = ready, self->awaited = what, self->value = which;

@@ -34,7 +34,8 @@ struct window_call {
   float *lse; /* nullable */
   int prefix, prefix_tiles, seen, heads, kv_heads, blocks;
   item_map map;
-  float scale, bias_scale; /* logits to powers of two; a bias to what `scale` is applied to */
+  float scale,
+      bias_scale; /* logits to powers of two; a bias to what `scale` is applied to */
 };
 
 /* A share of the work: BLOCK_ITEMS items of a KV head, the last of all first. */
@@ -171,8 +172,9 @@ struct window_items {
 
 /* This consumer's queries, rounded, swizzled; those that are not there are zero. */
 template <int D>
-__device__ __forceinline__ void load_queries(const window_call &a, const window_items &items,
-                                             unsigned char *to, int name) {
+__device__ __forceinline__ void load_queries(const window_call &a,
+                                             const window_items &items, unsigned char *to,
+                                             int name) {
   constexpr int UNITS = D / PACK, BOX_UNITS = BOX_COLUMNS / PACK;
   name_sync(name, WARPGROUP); /* the last ones have been read */
   for (int i = (int)threadIdx.x % WARPGROUP; i < PRODUCT_ROWS * UNITS; i += WARPGROUP) {
@@ -192,7 +194,8 @@ __device__ __forceinline__ void load_queries(const window_call &a, const window_
 
 /* s = q . keys, under way. */
 template <int D>
-__device__ __forceinline__ void issue_scores(float (&s)[SCORES], uint64_t q, uint64_t keys) {
+__device__ __forceinline__ void issue_scores(float (&s)[SCORES], uint64_t q,
+                                             uint64_t keys) {
   using plan = window_plan<D>;
   constexpr int BOX_STEPS = BOX_COLUMNS / PRODUCT_DEPTH;
   hold(s);
@@ -278,7 +281,8 @@ __device__ __forceinline__ void scale_by(float (&o)[D / 2], const float (&factor
 
 template <int D>
 __device__ __forceinline__ void write_items(const window_call &a, const window_items &items,
-                                            const float (&o)[D / 2], const running (&now)[2]) {
+                                            const float (&o)[D / 2],
+                                            const running (&now)[2]) {
   int lane = (int)threadIdx.x % WARP;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -445,8 +449,8 @@ void map_tiles(acre_queue *queue, CUtensorMap *map, const void *data, int64_t co
   cuuint64_t sizes[] = {width, (cuuint64_t)count}, strides[] = {width * sizeof(bf16)};
   cuuint32_t box[] = {BOX_COLUMNS, KEYS}, steps[] = {1, 1};
   CUresult result = ((encode_function)queue->owner->tensor_maps)(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)data, sizes, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)data, sizes, strides,
+      box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     check(&queue->failure, cudaErrorInvalidValue, ACRE_SITE("cuTensorMapEncodeTiled"));
@@ -497,8 +501,8 @@ void acre_cuda_sm90_attend(acre_queue *queue, void *out, int64_t out_stride, flo
                   acre::aligned(q, q_stride * (int64_t)sizeof(float)) &&
                   ((uintptr_t)out | (uintptr_t)(out_stride * 2)) % 4 == 0;
   if (!made_for)
-    return acre_cuda_attend(queue, out, out_stride, lse, q, q_stride, prefix, own, seen, rows,
-                            split, heads);
+    return acre_cuda_attend(queue, out, out_stride, lse, q, q_stride, prefix, own, seen,
+                            rows, split, heads);
   if (rows <= 0) return;
   window_call a = {};
   a.q = q, a.q_stride = q_stride, a.out = (bf16 *)out, a.out_stride = out_stride;

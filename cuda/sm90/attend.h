@@ -8,8 +8,8 @@
 namespace acre {
 namespace sm90 {
 
-constexpr int KEYS = 128;      /* of a tile */
-constexpr int CONSUMERS = 2;   /* warpgroups, PRODUCT_ROWS items each */
+constexpr int KEYS = 128;    /* of a tile */
+constexpr int CONSUMERS = 2; /* warpgroups, PRODUCT_ROWS items each */
 constexpr int BLOCK_ITEMS = CONSUMERS * PRODUCT_ROWS;
 constexpr int BLOCK_THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
@@ -37,7 +37,8 @@ struct window_plan {
 constexpr int registers_asked(void) {
   return WARPGROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS);
 }
-static_assert(registers_asked() <= BLOCK_THREADS * (65536 / BLOCK_THREADS / 8 * 8), "registers");
+static_assert(registers_asked() <= BLOCK_THREADS * (65536 / BLOCK_THREADS / 8 * 8),
+              "registers");
 
 /* The driver's cuTensorMapEncodeTiled, or NULL. */
 void *find_tensor_maps(void);

@@ -16,7 +16,7 @@
 namespace acre {
 namespace sm90 {
 
-constexpr int BOX_COLUMNS = 64;   /* of bf16: the 128 bytes that are swizzled together */
+constexpr int BOX_COLUMNS = 64; /* of bf16: the 128 bytes that are swizzled together */
 constexpr int BOX_ROW_BYTES = 128;
 constexpr int SWIZZLE_BYTES = 1024; /* eight rows, after which the pattern repeats */
 

@@ -73,9 +73,9 @@ static double weight_of(double logit, double highest, double error, acre_dtype d
 
 /* Error: a softmax weight is off by the error of its logit, d+8 roundings; the weighted
  * sum and the sum of weights add one rounding per key and a few per tile of keys; at the
- * end one rounding to T. Values are at most 1. */
+ * end one rounding to T. Values are at most 1. lse errs as the sum does, and by two roundings. */
 static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
-                       int64_t head, const void *out) {
+                       int64_t head, const void *out, float lse) {
   int64_t counts[2] = {c->prefix, c->seen + row + 1}, keys = counts[0] + counts[1];
   double *o = calloc((size_t)c->d, sizeof *o), *logits = calloc((size_t)keys, sizeof *o);
   double worst = 0.0, highest = -INFINITY, sum = 0.0, slack, slacks = 0.0;
@@ -96,7 +96,8 @@ static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
   }
   double bound = 2 * slacks / sum + EPS * ((double)keys * 17 / 16 + 20);
   double unit = c->dtype == ACRE_F32 ? 0.0 : 0x1p-8; /* the last rounding */
-  bool right = true;
+  double exact = ceil(highest * 1.4426950408889634) + log2(sum);
+  bool right = fabs((double)lse - exact) <= 1.5 * bound + EPS * 2 * (fabs(exact) + 16);
   for (int64_t x = 0; x < c->d; x++)
     right &= fabs(at(out, x, c->dtype) - o[x] / sum) <= bound + unit * fabs(o[x] / sum);
   free(o), free(logits);
@@ -109,12 +110,12 @@ static bool concerned(int i, const attend_case *c) {
 }
 
 static void run_attend(int i, const attend_case *c, const attend_data *a, void *out,
-                       int64_t first, int64_t rows, bool split) {
+                       float *lse, int64_t first, int64_t rows, bool split) {
   int64_t h = c->kv_heads * c->group, stride = h * c->d;
   acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
   acre_keys prefix = {a->keys[0], a->values[0], c->bias ? a->bias[0] : NULL, c->prefix};
   acre_keys own = {a->keys[1], a->values[1], c->bias ? a->bias[1] : NULL, a->count[1]};
-  backends[i]->ops->attend(queues[i], out, stride + 2, NULL, a->q + first * stride, stride,
+  backends[i]->ops->attend(queues[i], out, stride + 2, lse, a->q + first * stride, stride,
                            c->prefix ? &prefix : NULL, &own, c->seen + first, rows, split,
                            &heads);
 }
@@ -134,12 +135,14 @@ static void attend_right(const attend_case *c, bool split) {
   for (int i = 0; i < backend_count; i++) {
     if (!concerned(i, c)) continue;
     char *out = untouched(n);
-    run_attend(i, c, &a, out, 0, c->rows, split);
+    float *lse = nans(c->rows * h);
+    run_attend(i, c, &a, out, lse, 0, c->rows, split);
     if (judged(i)) {
       bool right = true;
       for (int64_t r = 0; r < c->rows; r++)
         for (int64_t head = 0; head < h; head++)
-          right &= head_right(c, &a, r, head, out + r * stride + head * c->d * size);
+          right &= head_right(c, &a, r, head, out + r * stride + head * c->d * size,
+                              lse[r * h + head]);
       CHECK(right);
       if (!right)
         fprintf(stderr, "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d\n",
@@ -152,10 +155,11 @@ static void attend_right(const attend_case *c, bool split) {
             out[(r + 1) * stride - 2 * size] == 0x7f);
     for (int64_t some = 1; some <= c->rows - 2; some += acre_max(c->rows - 3, 1)) {
       char *alone = untouched(n); /* rows 1.. without the others: the same bits */
-      run_attend(i, c, &a, alone, 1, some, false);
+      run_attend(i, c, &a, alone, NULL, 1, some, false);
       CHECK(same(alone, out + stride, some * stride));
       guarded_free(alone);
     }
+    guarded_free(lse);
     if (first)
       guarded_free(out);
     else
@@ -177,6 +181,8 @@ static void test_windows(void) {
   test_attend(&(attend_case){64, 2, 1, 0, 7, 200, ACRE_BF16, false});
   test_attend(&(attend_case){128, 1, 5, 128, 0, 130, ACRE_BF16, true});
   test_attend(&(attend_case){64, 1, 2, 129, 1, 128, ACRE_BF16, false});
+  test_attend(
+      &(attend_case){64, 1, 1, 0, 126, 130, ACRE_BF16, false}); /* all keys but one */
   test_attend(&(attend_case){128, 1, 7, 1, 300, 65, ACRE_BF16, false});
 }
 
