@@ -286,7 +286,7 @@ __device__ __forceinline__ void write_items(const window_call &a, const window_i
   int lane = (int)threadIdx.x % WARP;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float sum = row_reduce(now[r].sum, add());
+    float sum = row_reduce(now[r].sum, add()), by = 1.0f / sum;
     if (items.item[r] >= items.count) continue;
     int head = a.map.head(items.kv, items.first + items.item[r]);
     bf16 *out = a.out + items.row[r] * a.out_stride + head * D;
@@ -295,7 +295,7 @@ __device__ __forceinline__ void write_items(const window_call &a, const window_i
 #pragma unroll
     for (int i = 0; i < D / 2; i += 2)
       if (fragment_row(i) == r)
-        *(uint32_t *)(out + fragment_column(i, lane)) = pair(o[i] / sum, o[i + 1] / sum);
+        *(uint32_t *)(out + fragment_column(i, lane)) = pair(o[i] * by, o[i + 1] * by);
   }
 }
 
