@@ -273,8 +273,10 @@ __device__ __forceinline__ void round_weights(uint32_t (&p)[STEPS][4],
   }
 }
 
+/* Origins are whole, so most tiles leave them where they are. */
 template <int D>
 __device__ __forceinline__ void scale_by(float (&o)[D / 2], const float (&factor)[2]) {
+  if (factor[0] == 1.0f && factor[1] == 1.0f) return;
 #pragma unroll
   for (int i = 0; i < D / 2; i++) o[i] *= factor[fragment_row(i)];
 }
