@@ -12,13 +12,13 @@ LIBS    := -lm -ldl -pthread
 
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
-HOST_CUDA := $(wildcard cuda/*.cu cuda/host/*.cpp)
+HOST_CUDA := $(wildcard cuda/*.cu cuda/sm90/*.cu cuda/host/*.cpp)
 CUDA_CORE := acre base bf16 status platform buffer tensor backend plugin
-CUDA_HEADERS := $(wildcard cuda/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm90/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
 
 # The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
-ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -fPIC \
+ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fPIC \
                  -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics \
                  -fno-strict-aliasing -ffp-contract=off -fno-math-errno -pthread \
                  -Icuda/host -Icuda -Icsrc
@@ -47,16 +47,19 @@ CUDA    := build/cuda
 CUDA_SO ?= acre/_cuda.so
 CUDA_ARCH := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
              -gencode arch=compute_90,code=compute_90
-CUDA_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
+CUDA_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
   -Xcompiler -Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti \
   -Xcompiler -fno-threadsafe-statics
 CUDA_SHARED := status buffer platform tensor
-CUDA_PARTS := $(patsubst %,$(CUDA)/%.o,$(wildcard cuda/*.cu)) \
+CUDA_PARTS := $(patsubst %,$(CUDA)/%.o,$(wildcard cuda/*.cu cuda/sm90/*.cu)) \
               $(CUDA_SHARED:%=$(CUDA)/csrc/%.o)
+
+# What only Hopper can do is compiled for nothing else.
+$(CUDA)/cuda/sm90/%.cu.o: CUDA_ARCH := -gencode arch=compute_90a,code=sm_90a
 
 $(CUDA)/%.cu.o: %.cu $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
-	$(NVCC) $(CUDA_FLAGS) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
+	$(NVCC) $(CUDA_FLAGS) $(CUDA_ARCH) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
 
 $(CUDA)/csrc/%.o: csrc/%.c $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
@@ -163,7 +166,7 @@ tsan: ## C tests of threads under ThreadSanitizer
 
 fmt: ## clang-format and ruff format
 	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc acre/binding/*.[ch] \
-	  cuda/*.cu cuda/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
+	  cuda/*.cu cuda/*.h cuda/sm90/*.cu cuda/sm90/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
 	$(BIN)/ruff format .
 
 lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed

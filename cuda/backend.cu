@@ -1,5 +1,6 @@
 /* The CUDA backend's table, and how a device is opened or refused. */
 #include "gemm.h"
+#include "sm90/attend.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -64,8 +65,7 @@ void destroy(acre_backend *base) {
 
 /* What every chip can do; a kernel for some chips takes the place of one of these here, once,
  * by the chip's capability. */
-acre_backend_ops operations_for(const limits &chip) {
-  (void)chip;
+acre_backend_ops operations_for(const backend *owner) {
   acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
@@ -106,6 +106,7 @@ acre_backend_ops operations_for(const limits &chip) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
+  if (owner->tensor_maps) ops.attend = acre_cuda_sm90_attend;
   return ops;
 }
 
@@ -189,7 +190,9 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
       size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
   owner->staging_bytes = size_or(options.staging_bytes, STAGING_BYTES, STAGING_LEAST);
   snprintf(owner->isa, sizeof owner->isa, "sm_%d%d", owner->chip.major, owner->chip.minor);
-  owner->ops = operations_for(owner->chip);
+  if (owner->chip.major == 9 && owner->chip.minor == 0)
+    owner->tensor_maps = sm90::find_tensor_maps();
+  owner->ops = operations_for(owner);
   owner->base.ops = &owner->ops;
   owner->base.isa = owner->isa;
   owner->base.threads = 1;

@@ -3,6 +3,7 @@ what the compiler made. The kernels themselves run in the C tests (cuda/README.m
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shutil
@@ -117,7 +118,7 @@ def test_machine_code_of_each_chip_and_ptx():
 @built
 def test_no_kernel_spills():
     """Of the compiler's reports: registers that go to memory and back."""
-    logs = sorted((ROOT / "build" / "cuda" / "cuda").glob("*.cu.log"))
+    logs = sorted((ROOT / "build" / "cuda" / "cuda").rglob("*.cu.log"))
     if not logs:
         pytest.skip("the backend was built elsewhere")
     kernels, spilling = 0, []
@@ -131,6 +132,29 @@ def test_no_kernel_spills():
                 spilling.append((name, chip, stores, loads_))
     assert kernels > 100
     assert not spilling
+
+
+@built
+def test_hopper_s_own_instructions():
+    """Matrix products of warpgroups, side by side, and bulk copies of tensors."""
+    log = ROOT / "build" / "cuda" / "cuda" / "sm90" / "attend.cu.log"
+    if not log.exists():
+        pytest.skip("the backend was built elsewhere")
+    assert "serialized" not in log.read_text() and "C75" not in log.read_text()
+    tool = shutil.which("cuobjdump") or from_wheel("*/bin/cuobjdump")
+    if tool is None or not (shutil.which("nvdisasm") or from_wheel("*/bin/nvdisasm")):
+        pytest.skip("no cuobjdump or no nvdisasm (nvidia-cuda-nvdisasm)")
+    path = os.pathsep.join([str(pathlib.Path(tool).parent), os.environ["PATH"]])
+    listed = subprocess.run(
+        [tool, "--dump-sass", log.with_suffix(".o")],
+        capture_output=True, text=True, check=True, env=os.environ | {"PATH": path},
+    ).stdout  # fmt: skip
+    kernels = re.split(r"Function : ", listed)[1:]
+    assert len(kernels) == 2
+    for code in kernels:
+        for name in ("HGMMA", "UTMALDG", "USETMAXREG", "MUFU.EX2"):
+            assert name in code, name
+        assert not re.search(r"\b(STL|LDL|HMMA)\b", code)
 
 
 def test_numbers_of_cublaslt_are_the_library_s():

@@ -8,19 +8,22 @@
  * says who waits for what; nothing hangs. */
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "hopper.h"
 #include "host.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
+extern "C" size_t acre_host_shared_most(void); /* runtime.cpp */
+
 namespace {
 
-enum { THREADS_MOST = 1024, LANES = 32, KINDS = 4 };
-enum wait { READY, AT_BARRIER, AT_EXCHANGE, ENDED };
+enum { THREADS_MOST = 1024, LANES = 32, KINDS = 7 };
+enum wait { READY, AT_BARRIER, AT_EXCHANGE, AT_CONDITION, ENDED };
 
-const char *const KIND[KINDS] = {"a barrier", "__syncwarp", "__shfl_xor_sync",
-                                 "__shfl_sync"};
-const size_t SHARED_MOST = 99 * 1024; /* the least of the chips that are supported */
+const char *const KIND[KINDS] = {"a barrier",   "__syncwarp",      "__shfl_xor_sync",
+                                 "__shfl_sync", "a named barrier", "an mbarrier",
+                                 "wgmma"};
 
 struct thread {
   acre_host_thread place;
@@ -29,6 +32,9 @@ struct thread {
   unsigned mask; /* of an exchange */
   uint32_t value;
   int source, kind;
+  void *given; /* to what a warp does together */
+  bool (*ready)(const void *, uint32_t);
+  const void *awaited;
 };
 
 struct machine {
@@ -37,6 +43,8 @@ struct machine {
   acre_fiber scheduler;
   unsigned char *shared;
   int count, ended, at_barrier;
+  bool broken;   /* a rule: the block has failed */
+  uint32_t slow; /* warps that mostly stay behind */
   int order[THREADS_MOST];
   uint64_t random;
   void (*call)(const void *);
@@ -75,6 +83,8 @@ void thread_main(void) {
 void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
   m->count = (int)(block.x * block.y * block.z);
   m->ended = m->at_barrier = 0;
+  m->broken = false;
+  m->slow = (uint32_t)(random_bits(m) & random_bits(m));
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[i];
     unsigned n = (unsigned)i;
@@ -91,7 +101,9 @@ bool turn_of(machine *m, uint32_t warps) {
   bool moved = false;
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[m->order[i]];
-    if (t->state != READY || !(warps >> (m->order[i] / LANES) & 1)) continue;
+    if (!(warps >> (m->order[i] / LANES) & 1)) continue;
+    if (t->state == AT_CONDITION && t->ready(t->awaited, t->value)) t->state = READY;
+    if (t->state != READY) continue;
     moved = true;
     m->current = t;
     acre_fiber_switch(&m->scheduler, &t->fiber, false);
@@ -99,9 +111,10 @@ bool turn_of(machine *m, uint32_t warps) {
   return moved;
 }
 
-/* Some warps run ahead of others. */
+/* Some warps run ahead of others, and a few of them far ahead. */
 bool turn(machine *m) {
-  return turn_of(m, (uint32_t)random_bits(m)) || turn_of(m, ~(uint32_t)0);
+  uint32_t kept = random_bits(m) % 16 ? m->slow : 0;
+  return turn_of(m, (uint32_t)random_bits(m) & ~kept) || turn_of(m, ~(uint32_t)0);
 }
 
 void tell(const machine *m, const char *name, uint64_t seed) {
@@ -111,7 +124,7 @@ void tell(const machine *m, const char *name, uint64_t seed) {
   for (int i = m->count - 1; i >= 0; i--) {
     const thread *t = &m->threads[i];
     if (t->state == ENDED) continue;
-    int kind = t->state == AT_EXCHANGE ? t->kind : 0;
+    int kind = t->state == AT_BARRIER ? 0 : t->kind;
     waiting[kind]++, first[kind] = i;
   }
   for (int kind = 0; kind < KINDS; kind++)
@@ -125,17 +138,18 @@ bool run_block(machine *m, const char *name) {
   uint64_t seed = m->random;
   while (m->ended < m->count) {
     bool moved = turn(m);
+    moved |= acre_hopper_step(random_bits(m), !moved);
     if (m->at_barrier == m->count) { /* all of them: nobody may have ended before */
       for (int i = 0; i < m->count; i++) m->threads[i].state = READY;
       m->at_barrier = 0;
       shuffle(m);
-    } else if (!moved) {
+    } else if (!moved || m->broken) {
       tell(m, name, seed);
       for (int i = 0; i < m->count; i++) acre_fiber_abandon(&m->threads[i].fiber);
       return false;
     }
   }
-  return true;
+  return acre_hopper_end() && !m->broken;
 }
 
 /* ------------------------------------------------------------------ a launch */
@@ -150,7 +164,8 @@ bool prepare(machine *m) {
 bool allowed(dim3 grid, dim3 block, size_t shared) {
   unsigned threads = block.x * block.y * block.z;
   return grid.x && grid.y && grid.z && grid.x < 1u << 31 && grid.y < 1u << 16 &&
-         grid.z < 1u << 16 && threads && threads <= THREADS_MOST && shared <= SHARED_MOST;
+         grid.z < 1u << 16 && threads && threads <= THREADS_MOST &&
+         shared <= acre_host_shared_most();
 }
 
 /* Blocks from anywhere on, with a stride that meets each of them once. */
@@ -162,6 +177,7 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
     dim3 place((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
                (unsigned)(at / grid.x / grid.y));
     memset(m->shared, 0xff, shared);
+    acre_hopper_begin(m->shared, shared);
     begin(m, block, place, grid);
     right = run_block(m, name);
   }
@@ -211,6 +227,44 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
     if (mask >> t->source & 1) t->value = given[t->source];
   }
   return self->value;
+}
+
+void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what,
+                     uint32_t which, int kind) {
+  thread *self = here.current;
+  self->state = AT_CONDITION, self->kind = kind;
+  self->ready = ready, self->awaited = what, self->value = which;
+  yield();
+}
+
+/* The last lane that comes acts for all of the warp. */
+void acre_host_together(void *mine, void (*act)(void *const *of, int warp), int kind) {
+  machine *m = &here;
+  thread *self = m->current;
+  int warp = (int)(self - m->threads) / LANES;
+  thread *lanes = m->threads + warp * LANES;
+  void *of[LANES];
+  self->state = AT_EXCHANGE, self->mask = ~0u, self->kind = kind, self->given = mine;
+  self->awaited = (const void *)act;
+  bool all = (warp + 1) * LANES <= m->count;
+  for (int i = 0; all && i < LANES; i++) {
+    all = lanes[i].state == AT_EXCHANGE && lanes[i].kind == kind &&
+          lanes[i].awaited == self->awaited;
+    of[i] = lanes[i].given;
+  }
+  if (!all) {
+    yield();
+    return;
+  }
+  act(of, warp);
+  for (int i = 0; i < LANES; i++) lanes[i].state = READY;
+}
+
+uint64_t acre_host_random(void) { return random_bits(&here); }
+
+void acre_host_fault(const char *rule) {
+  if (!here.broken) fprintf(stderr, "a broken rule: %s\n", rule);
+  here.broken = true;
 }
 
 cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
