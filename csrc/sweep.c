@@ -272,7 +272,7 @@ static acre_status lay_evidence(acre_sweep *s, const acre_example *e, acre_error
                                          (size_t)s->m * sizeof(float), error));
   want(s, e);
   if (e->heads) {
-    memcpy(s->heads, e->heads, all);
+    for (size_t i = 0; i < all; ++i) s->heads[i] = e->heads[i] != 0;
   } else {
     memset(s->heads + (c->layers - 1) * c->heads, 1, (size_t)c->heads);
   }

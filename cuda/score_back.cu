@@ -14,38 +14,16 @@ struct gain_call {
   int64_t dq_stride;
   const T *q, *keys;
   const uint8_t *wanted;
-  int64_t m, row_width, blocks;
+  int64_t m, q_stride, blocks;
   item_map map;
   float *measures; /* origin, sums of exponentials over the wanted keys and the others */
   int kv_heads, d, chunks;
   float scale, factor;
 };
 
-constexpr int A = 0, B = A + ITEMS * PITCH, S = B + TILE * PITCH,
+constexpr int A = SCORED_ITEMS, B = SCORED_KEYS, S = SCORED_END,
               FLOATS = S + ITEMS * (TILE + 1);
 constexpr size_t SHARED = FLOATS * sizeof(float);
-
-template <class T>
-__device__ float *measure_of(const gain_call<T> &a, int kv, int item) {
-  return a.measures + ((int64_t)a.map.rows * a.map.start[kv] + item) * MEASURES;
-}
-
-template <class T>
-__device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, int item,
-                        int items, int64_t key, float *memory) {
-  int count = (int)min((int64_t)TILE, a.m - key);
-  const T *keys = a.keys + (key * a.kv_heads + kv) * a.d;
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] = 0.0f;
-  for (int first = 0; first < a.d; first += CHUNK) {
-    __syncthreads();
-    load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, first, a.d);
-    load_keys(memory + B, keys, (int64_t)a.kv_heads * a.d, count, first, a.d);
-    __syncthreads();
-    dot_chunk(s, memory + A, PITCH, memory + B);
-  }
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] *= a.scale;
-  return count;
-}
 
 template <class T>
 __global__ __launch_bounds__(TILE_THREADS,
@@ -61,7 +39,7 @@ __global__ __launch_bounds__(TILE_THREADS,
     for (int r = 0; r < OWN_ITEMS; r++) origin[r] = -INFINITY;
     for (int64_t key = 0; key < a.m; key += TILE) {
       float s[OWN_ITEMS];
-      int count = dot_tile(a, s, kv, item, items, key, memory);
+      int count = dot_tile<T>(a, s, kv, item, items, key, memory);
       bool wanted = lane < count && a.wanted[key + lane];
 #pragma unroll
       for (int r = 0; r < OWN_ITEMS; r++) {
@@ -88,7 +66,7 @@ __device__ int logit_gradients(const gain_call<T> &a, int kv, int item, int item
                                int64_t key, float *memory) {
   float s[OWN_ITEMS];
   int lane = (int)threadIdx.x % WARP;
-  int count = dot_tile(a, s, kv, item, items, key, memory);
+  int count = dot_tile<T>(a, s, kv, item, items, key, memory);
   bool wanted = lane < count && a.wanted[key + lane];
 #pragma unroll
   for (int r = 0; r < OWN_ITEMS; r++) {
@@ -147,8 +125,7 @@ __global__ __launch_bounds__(TILE_THREADS,
     for (int item = 0; item < a.map.count(kv); item += ITEMS) {
       int items = min(ITEMS, a.map.count(kv) - item);
       count = logit_gradients(a, kv, item, items, key, memory);
-      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, chunk,
-                    a.d);
+      load_items<T>(memory + A, PITCH, a.q, a.q_stride, a.map, kv, item, items, chunk, a.d);
       __syncthreads();
       add_items(sum, memory + S, memory + A, items);
       __syncthreads();
@@ -179,13 +156,13 @@ void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float
     a.dk = dk, a.dq_stride = dq_stride, a.keys = (const T *)keys, a.m = m;
     a.wanted = space.wanted, a.measures = space.measures;
     a.kv_heads = (int)heads->kv_heads, a.d = (int)heads->head_dim;
-    a.chunks = (a.d + CHUNK - 1) / CHUNK, a.row_width = heads->heads * a.d;
+    a.chunks = (a.d + CHUNK - 1) / CHUNK, a.q_stride = heads->heads * a.d;
     a.scale = (float)((double)LOG2E / sqrt((double)a.d));
     a.factor = factor / sqrtf((float)a.d);
     for (int64_t row = 0; row < t; row += space.rows) {
       int64_t rows = acre_min(space.rows, t - row);
       int64_t blocks = acre_ceil_div(rows * space.most, ITEMS) * a.kv_heads;
-      a.q = (const T *)q + row * a.row_width, a.dq = dq + row * dq_stride;
+      a.q = (const T *)q + row * a.q_stride, a.dq = dq + row * dq_stride;
       a.map = item_map{(int)rows, 0, space.list, space.start};
       a.blocks = blocks;
       ACRE_LAUNCH(queue, gain_measure_kernel<T>, a.blocks, TILE_THREADS, SHARED, a);

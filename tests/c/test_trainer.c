@@ -130,6 +130,24 @@ static void test_learning(acre_model *model) {
   acre_trainer_release(trainer);
 }
 
+/* Any flag that is not zero counts, on the way there and back. */
+static void test_flags_of_heads(acre_model *model) {
+  lesson l;
+  acre_error error = {0};
+  acre_trainer *trainer;
+  acre_example_result ones, others;
+  uint8_t heads[TINY_LAYERS * 4] = {0};
+  make_lesson(&l);
+  l.example.heads = heads;
+  CHECK(acre_trainer_open(&trainer, model, &error) == ACRE_OK);
+  heads[2] = heads[5] = 1;
+  CHECK(learn(trainer, &l.example, &ones, &error) == ACRE_OK);
+  heads[2] = 4, heads[5] = 255;
+  CHECK(learn(trainer, &l.example, &others, &error) == ACRE_OK);
+  CHECK(ones.evidence > 0 && ones.evidence == others.evidence);
+  acre_trainer_release(trainer);
+}
+
 int main(void) {
   acre_error error = {0};
   acre_engine *engine = NULL;
@@ -140,6 +158,7 @@ int main(void) {
   if (model) {
     test_states(model);
     test_learning(model);
+    test_flags_of_heads(model);
   }
   acre_model_release(model);
   acre_engine_release(engine);
