@@ -14,8 +14,8 @@ differ by more than a hundredth in the first timed round.
 
 GFLOP/s are those of `Work`, its products alone (the formula is there), and are also
 given as a share of the best rate of oneDNN's matrix products so far in this run. Memory
-is the largest size while an update runs, over the size before it: resident, and for
-acre also what its engine counted.
+is the largest size while an update runs: of the process (with --only, of one engine),
+and for acre what its engine holds, the model and the tapes it keeps included.
 """
 
 from __future__ import annotations
@@ -151,11 +151,10 @@ class Acre:
         return found["loss"] / found["weight"]
 
     def counted_mib(self, run: Callable[[], object]) -> float:
-        """What the engine allocated beyond what it had, at most, during `run`."""
-        before = self.engine.bytes
+        """What the engine holds at most during `run`, the model included."""
         self.engine.reset_peak()
         run()
-        return (self.engine.peak_bytes - before) * MIB
+        return self.engine.peak_bytes * MIB
 
 
 class Torch:
@@ -207,7 +206,6 @@ class Figures:
         gc.collect()
         time.sleep(REST)
         forget_peak()
-        before = resident_mib()
 
         def run() -> None:
             start = time.perf_counter()
@@ -217,7 +215,7 @@ class Figures:
         counted = engine.counted_mib(run)
         if counted is not None:
             self.counted.append(counted)
-        self.resident.append(resident_mib(peak=True) - before)
+        self.resident.append(resident_mib(peak=True))
 
 
 def draw(model: acre.Model, n: int, options: argparse.Namespace) -> Example:
