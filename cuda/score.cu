@@ -89,11 +89,11 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void add_kernel(score_ca
 
 }  // namespace
 
-score_space score_space_open(acre_queue *queue, const uint8_t *use, const uint8_t *wanted,
+score_space score_space_open(acre_queue *queue, const uint8_t *use, const float *pull,
                              int64_t t, int64_t m, const acre_heads *heads) {
   int64_t h = heads->heads, g = heads->kv_heads, group = h / g;
   int64_t fixed = acre_round_up((g + 1 + h) * (int64_t)sizeof(int32_t), 16);
-  if (wanted) fixed += acre_round_up(m, 16);
+  if (pull) fixed += acre_round_up(m * (int64_t)sizeof(float), 16);
   score_space space = {};
   for (int64_t i = 0; i < h; i++) space.used += use[i] != 0;
   int64_t each = space.used * MEASURES * (int64_t)sizeof(float);
@@ -115,9 +115,9 @@ score_space score_space_open(acre_queue *queue, const uint8_t *use, const uint8_
     space.most = acre_max(space.most, used - before);
   }
   starts.add((int32_t)used);
-  if (wanted) {
-    space.wanted = (uint8_t *)memory + acre_round_up((g + 1 + h) * 4, 16);
-    send(queue, space.wanted, wanted, (size_t)m);
+  if (pull) {
+    space.pull = (float *)(memory + acre_round_up((g + 1 + h) * 4, 16));
+    send(queue, space.pull, pull, (size_t)m * sizeof(float));
   }
   return space;
 }

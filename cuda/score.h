@@ -10,17 +10,17 @@ namespace acre {
 
 constexpr int MEASURES = 3; /* floats kept of an item */
 
-/* The workspace of scoring: [start | list | wanted | measures]. */
+/* The workspace of scoring: [start | list | pull | measures]. */
 struct score_space {
   int32_t *start, *list;
-  uint8_t *wanted;    /* [m] */
+  float *pull;        /* [m] */
   float *measures;    /* [MEASURES] of each of `rows` rows' items, KV head after KV head */
   int64_t rows;       /* at a time; 0: nothing can be done */
   int64_t used, most; /* heads that count; the most of one KV head */
 };
 
-/* Sends `use` and (nullable) `wanted`. */
-score_space score_space_open(acre_queue *queue, const uint8_t *use, const uint8_t *wanted,
+/* Sends `use` and (nullable) `pull`. */
+score_space score_space_open(acre_queue *queue, const uint8_t *use, const float *pull,
                              int64_t t, int64_t m, const acre_heads *heads);
 
 /* Where a block's items and keys lie in shared memory, in floats, and what follows them. */

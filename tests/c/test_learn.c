@@ -386,8 +386,8 @@ typedef struct score_case {
   int64_t t, m;
   acre_heads heads;
   const void *q, *keys;
-  const uint8_t *wanted, *use;
-  float factor;
+  const float *pull;
+  const uint8_t *use;
 } score_case;
 
 /* Adds one item's gradients, and the sizes that their errors are relative to. */
@@ -395,7 +395,8 @@ static void add_item(const score_case *c, int64_t row, int64_t head, double *dq,
                      double *dq_size, double *dk_size) {
   int64_t d = c->heads.head_dim, g = c->heads.kv_heads, h = c->heads.heads;
   int64_t q_at = (row * h + head) * d, kv = head / (h / g);
-  double *A = malloc((size_t)c->m * sizeof *A), in = 0.0, out = 0.0, worst = 0.0;
+  double *A = malloc((size_t)c->m * sizeof *A), sum = 0.0, E = 0.0, sizes = 0.0,
+         worst = 0.0;
   for (int64_t j = 0; j < c->m; j++) {
     double dot = 0.0, size = 0.0;
     for (int64_t x = 0; x < d; x++) {
@@ -405,18 +406,25 @@ static void add_item(const score_case *c, int64_t row, int64_t head, double *dq,
     }
     A[j] = exp(dot / sqrt((double)d));
     worst = fmax(worst, (double)(d + 4) * size / sqrt((double)d));
-    *(c->wanted[j] ? &in : &out) += A[j];
+    sum += A[j];
   }
-  double E = in / (in + out), U = out / (in + out), root = sqrt((double)d);
+  for (int64_t j = 0; j < c->m; j++) {
+    A[j] /= sum;
+    E += A[j] * c->pull[j], sizes += A[j] * fabs((double)c->pull[j]);
+  }
+  double root = sqrt((double)d);
   double roundings = 4 * worst + 3 * (double)c->m + (double)c->t * 3 + 60;
   for (int64_t j = 0; j < c->m; j++) {
-    double by_logit = A[j] / (in + out) * (c->wanted[j] ? U : -E) * c->factor / root;
+    double by_logit = A[j] * (c->pull[j] - E) / root;
+    double by_size = A[j] * (fabs((double)c->pull[j]) + sizes) / root;
     for (int64_t x = 0; x < d; x++) {
       int64_t k_at = (j * g + kv) * d + x;
       double by_q = by_logit * at(c->keys, k_at, c->heads.dtype);
       double by_k = by_logit * at(c->q, q_at + x, c->heads.dtype);
-      dq[q_at + x] += by_q, dq_size[q_at + x] += roundings * fabs(by_q);
-      dk[k_at] += by_k, dk_size[k_at] += roundings * fabs(by_k);
+      double q_size = by_size * fabs((double)at(c->keys, k_at, c->heads.dtype));
+      double k_size = by_size * fabs((double)at(c->q, q_at + x, c->heads.dtype));
+      dq[q_at + x] += by_q, dq_size[q_at + x] += roundings * q_size;
+      dk[k_at] += by_k, dk_size[k_at] += roundings * k_size;
     }
   }
   free(A);
@@ -445,29 +453,30 @@ static bool score_right(const score_case *c, const float *dq, int64_t stride,
   return right;
 }
 
-/* wanted: 0 few keys, 1 none, 2 all. */
-static void test_score_back(int64_t t, int64_t m, acre_heads heads, int wanted_kind) {
+/* kind: what is pulled at, 0 few keys, 1 none, 2 all. */
+static void test_score_back(int64_t t, int64_t m, acre_heads heads, int kind) {
   int64_t d = heads.head_dim, stride = heads.heads * d + 3;
   int64_t n_q = t * stride, n_k = m * heads.kv_heads * d;
   void *q = random_typed(t * heads.heads * d, heads.dtype);
   void *keys = random_typed(n_k, heads.dtype), *first_q = NULL, *first_k = NULL;
   float *old_q = random_floats(n_q), *old_k = random_floats(n_k);
-  uint8_t *wanted = guarded_alloc((size_t)m), use[16];
+  float *pull = guarded_alloc((size_t)m * sizeof *pull);
+  uint8_t use[16];
   for (int64_t j = 0; j < m; j++)
-    wanted[j] = wanted_kind == 2 || (wanted_kind == 0 && j % 150 < 2) ? 7 : 0;
+    pull[j] = kind == 2 || (kind == 0 && j % 150 < 2) ? 0.5f - (float)(j % 7) : 0.0f;
   for (int64_t head = 0; head < heads.heads; head++) use[head] = head % 3 != 1;
   for (int64_t j = 0; j < n_q; j++) old_q[j] *= 1e-3f;
   for (int64_t j = 0; j < n_k; j++) old_k[j] *= 1e-3f;
-  score_case c = {t, m, heads, q, keys, wanted, use, -1.7f};
+  score_case c = {t, m, heads, q, keys, pull, use};
   for (int i = 0; i < backend_count; i++) {
     float *dq = copy_of(old_q, n_q * 4), *dk = copy_of(old_k, n_k * 4);
-    backends[i]->ops->score_back(queues[i], dq, stride, dk, c.factor, q, keys, wanted, use,
-                                 t, m, &heads);
+    backends[i]->ops->score_back(queues[i], dq, stride, dk, pull, q, keys, use, t, m,
+                                 &heads);
     if (judged(i)) CHECK(score_right(&c, dq, stride, dk, old_q, old_k));
     keep_first(i, &first_q, dq, n_q * 4), keep_first(i, &first_k, dk, n_k * 4);
   }
   guarded_free(q), guarded_free(keys), guarded_free(old_q), guarded_free(old_k);
-  guarded_free(wanted), guarded_free(first_q), guarded_free(first_k);
+  guarded_free(pull), guarded_free(first_q), guarded_free(first_k);
 }
 
 static void test_score_backs(void) {
@@ -538,7 +547,8 @@ static void test_adamw(int64_t n, int64_t step) {
 static void test_no_rows(void) {
   acre_heads heads = {2, 1, 16, ACRE_F32};
   acre_adamw by = {sizeof by, 1, 1, 0.9, 0.9, 1e-8, 0};
-  uint8_t use[2] = {1, 1}, wanted[3] = {1, 0, 1};
+  uint8_t use[2] = {1, 1};
+  float pull[3] = {1, 0, 1};
   for (int i = 0; i < backend_count; i++) {
     const acre_backend_ops *ops = backends[i]->ops;
     acre_queue *q = queues[i];
@@ -553,8 +563,8 @@ static void test_no_rows(void) {
     ops->cross_entropy_back(q, NULL, NULL, NULL, NULL, NULL, 0, 8, ACRE_F32);
     ops->cross_entropy(q, NULL, NULL, NULL, 0, 8);
     ops->matmul_back(q, NULL, NULL, 8, NULL, 0, 8, 8, ACRE_F32);
-    ops->score_back(q, NULL, 32, dk, 1.0f, NULL, keys, wanted, use, 0, 3, &heads);
-    ops->score_back(q, NULL, 32, NULL, 1.0f, NULL, NULL, NULL, use, 0, 0, &heads);
+    ops->score_back(q, NULL, 32, dk, pull, NULL, keys, use, 0, 3, &heads);
+    ops->score_back(q, NULL, 32, NULL, NULL, NULL, NULL, use, 0, 0, &heads);
     ops->adamw(q, NULL, NULL, NULL, NULL, 0, 1.0f, &by);
     ops->sum_squares(q, &sum, NULL, 0);
     CHECK(sum == 0.0);
