@@ -49,17 +49,18 @@ class Trainer:
     def clear(self) -> None:
         self.parts["gradients"][:] = 0
 
-    def accumulate(self, ids, *, gradients=True, evidence=None, **_) -> dict:
+    def accumulate(self, ids, *, gradients=True, questions=(), **_) -> dict:
         time.sleep(self.delay)
         rng = np.random.default_rng([int(i) for i in ids])
         target = rng.standard_normal(SIZE).astype(np.float32)
         miss, weight = self.parts["parameters"] - target, float(len(ids))
         if gradients:
             self.parts["gradients"] += np.float32(weight) * miss
-        share = float("nan") if evidence is None else float(np.mean(evidence))
+        share = float(sum(np.mean(evidence) for evidence in questions))
         loss = 0.5 * weight * float(np.mean(np.float64(miss) ** 2))
         loss = float("nan") if ids[0] == 13 else loss
-        return {"loss": loss, "weight": weight, "evidence": share, "rows": 0}
+        counts = {"known": len(questions), "rows": 0}
+        return {"loss": loss, "weight": weight, "evidence": share, **counts}
 
     def update(
         self, *, step, lr, divisor, clip, beta1, beta2, weight_decay, eps=1e-8
@@ -83,11 +84,14 @@ class Trainer:
 @dataclass
 class Example:
     ids: np.ndarray
-    tail: np.ndarray | None = None
-    evidence: np.ndarray | None = None
+    questions: tuple = ()  # of booleans, in place of the real ones
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
     def arguments(self) -> dict[str, Any]:
-        return {"tail": self.tail, "evidence": self.evidence, "intervals": [8]}
+        return {"questions": self.questions, "intervals": [8]}
 
 
 class Stream:
@@ -105,8 +109,8 @@ class Stream:
         ids = np.arange(10, dtype=np.int32) + 100 + number
         if number == self.bad:
             ids[0] = 13
-        evidence = np.arange(10) < number % 4 if number % 2 else None
-        return Example(ids, None, evidence)
+        questions = (np.arange(10) < number % 4,) if number % 2 else ()
+        return Example(ids, questions)
 
     def state(self) -> dict[str, int]:
         return {"at": self.at}

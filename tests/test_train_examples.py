@@ -16,15 +16,16 @@ from training import (
     RECORD,
     SIZES,
     Told,
-    check_question,
+    check_questions,
     decoded,
     no_skip,
+    record,
 )
 
 import acre
 from acre.training import examples
 from acre.training.examples import Maker, Shape
-from acre.training.forms import Record
+from acre.training.forms import Question, Record
 
 # ------------------------------------------------------------------------ text examples
 
@@ -43,7 +44,7 @@ def test_texts_are_cut_into_pieces_that_cover_them(wide):
     assert rest <= SIZES["window"]
     for one in cut:
         assert one.ids.dtype == np.int32 and one.weights.dtype == np.float32
-        assert one.tail is one.evidence is one.query is None
+        assert one.questions == () and one.tokens == len(one.ids)
         assert one.weights.tolist() == [1.0] * len(one.ids)
 
 
@@ -116,25 +117,73 @@ def test_intervals_leave_room_for_the_positions():
 
 def test_question_examples(wide):
     maker = Maker(wide, Shape((150, 6000), 64, 32))
-    example = maker.question(RECORD, random.Random(1), no_skip)
-    check_question(wide, example, RECORD)
-    simple = Record(PROSE, "What came?", "ships\nand boats")
-    check_question(wide, maker.question(simple, random.Random(1), no_skip), simple)
+    example = maker.asked(RECORD, random.Random(1), no_skip)
+    check_questions(wide, example, RECORD)
+    simple = record(PROSE, "What came?", "ships\nand boats")
+    check_questions(wide, maker.asked(simple, random.Random(1), no_skip), simple)
     keys = set(example.arguments())
-    assert keys == {
-        "tail", "weights", "evidence", "query", "intervals", "window", "stride",
-        "carry",
-    }  # fmt: skip
+    assert keys == {"weights", "questions", "intervals", "window", "stride", "carry"}
+    assert example.tokens == len(example.ids) + len(example.questions[0].ids)
+
+
+def asked_about_years(years) -> Record:
+    """A question for each year of PROSE."""
+    starts = [PROSE.index(f"In the year {1700 + i}") for i in range(60)] + [len(PROSE)]
+    asked = [
+        Question(f"What of {1700 + i}?", f"{i} ships", ((starts[i], starts[i + 1]),))
+        for i in years
+    ]
+    return Record(PROSE, tuple(asked))
+
+
+def test_a_context_is_asked_all_its_questions(wide):
+    maker = Maker(wide, Shape((150, 6000), 64, 32))
+    three = asked_about_years([3, 30, 55])
+    check_questions(wide, maker.asked(three, random.Random(1), no_skip), three)
+    mixed = Record(PROSE, (*three.questions, Question("Who?", "the keeper")))
+    example = maker.asked(mixed, random.Random(1), no_skip)
+    check_questions(wide, example, mixed)
+    told = Told()
+    partly = Record(PROSE, (Question("Who?", "nobody"), *mixed.questions), True)
+    assert len(maker.asked(partly, random.Random(1), told).questions) == 4
+    assert told == [examples.UNTOLD]
+
+
+def test_of_many_questions_some_are_asked(wide):
+    maker = Maker(wide, Shape((150, 6000), 64, 32, questions=5))
+    many, drawn = asked_about_years(range(40)), set()
+    for seed in range(4):
+        example = maker.asked(many, random.Random(seed), no_skip)
+        assert len(example.questions) == 5
+        places = [int(np.flatnonzero(q.evidence)[0]) for q in example.questions]
+        assert places == sorted(places)
+        drawn.add(tuple(places))
+    assert len(drawn) == 4
+
+
+def test_a_part_is_asked_what_it_tells(wide):
+    """A long context is cut around the evidence of one question; others whose evidence
+    lies in the part come along, and those of unknown evidence do not."""
+    maker, counts = Maker(wide, Shape((150, 400), 64, 32)), Counter()
+    many = asked_about_years(range(60))
+    unknown = Record(PROSE, (*many.questions, Question("Who?", "the keeper")))
+    for seed in range(6):
+        example = maker.asked(unknown, random.Random(seed), Told())
+        own = decoded(wide, example.ids)
+        asked = [q.ids[slice(*q.query)] for q in example.questions]
+        told = {q.text for q in many.questions if f"year {q.text[8:12]} the" in own}
+        assert {decoded(wide, ids).strip() for ids in asked} <= told
+        assert len(told) - 2 <= len(asked) < 60
+        counts[len(asked)] += 1
+    assert max(counts) > 1
 
 
 def test_what_is_trained_is_what_is_asked(wide):
     """The ids are those that `build` reads and `ask` sends to the model."""
-    record = Record(
-        toy.sentence(1, 100), "Which gulls? Grey?", "grey gulls", (), "Grey?"
-    )
+    told = record(toy.sentence(1, 100), "Which gulls? Grey?", "grey gulls", (), "Grey?")
     maker = Maker(wide, Shape((150, 6000), 64, 32))
-    example = maker.question(record, random.Random(1), no_skip)
-    cache = wide.build(record.context, **toy.BUILD)
+    example = maker.asked(told, random.Random(1), no_skip)
+    cache = wide.build(told.context, **toy.BUILD)
     assert np.array_equal(example.ids, cache.ids)
     asked = []
 
@@ -145,13 +194,15 @@ def test_what_is_trained_is_what_is_asked(wide):
         def end(self):
             pass
 
+    [question] = told.questions
     cache.ask(
-        record.question, query="Grey?", eta=8, max_new_tokens=1, streamer=Streamer()
+        question.text, query="Grey?", eta=8, max_new_tokens=1, streamer=Streamer()
     )
     sent = asked[0].reshape(-1)
-    assert np.array_equal(example.tail[: len(sent)], sent)
+    ids = example.questions[0].ids
+    assert np.array_equal(ids[: len(sent)], sent)
     end = [*wide.tokenizer.encode("grey gulls"), wide.eos_ids[0]]
-    assert example.tail[len(sent) :].tolist() == end
+    assert ids[len(sent) :].tolist() == end
 
 
 def test_answers_end_as_the_template_ends_a_turn():
@@ -172,46 +223,45 @@ def test_answers_end_as_the_template_ends_a_turn():
 def test_answers_not_in_the_sample(wide):
     reasons = Told()
     shape = Shape((150, 6000), 64, 32)
-    absent = Record(PROSE, "who?", "Nobody else", extractive=True)
-    assert Maker(wide, shape).question(absent, random.Random(0), reasons) is None
+    absent = record(PROSE, "who?", "Nobody else", extractive=True)
+    assert Maker(wide, shape).asked(absent, random.Random(0), reasons) is None
     assert reasons == [examples.UNTOLD]
     free = Maker(wide, shape, require_answer=False)
-    assert free.question(absent, random.Random(0), no_skip)
-    for more in (
-        {"evidence": ((0, 9),)},
-        {"extractive": False},
-        {"answer": "THE  year"},
+    assert free.asked(absent, random.Random(0), no_skip)
+    for changed in (
+        record(PROSE, "who?", "Nobody else", ((0, 9),), extractive=True),
+        record(PROSE, "who?", "Nobody else"),
+        record(PROSE, "who?", "THE  year", extractive=True),
     ):
-        changed = Record(**{**vars(absent), **more})
-        assert Maker(wide, shape).question(changed, random.Random(0), no_skip)
+        assert Maker(wide, shape).asked(changed, random.Random(0), no_skip)
 
 
 def test_long_contexts_are_cut_around_the_evidence(wide):
     maker, starts = Maker(wide, Shape((150, 400), 64, 32)), set()
     for seed in range(12):
         reasons = Told()
-        example = maker.question(RECORD, random.Random(seed), reasons)
+        example = maker.asked(RECORD, random.Random(seed), reasons)
         assert reasons == [examples.CUT] and len(example.ids) == 400
-        check_question(wide, example, RECORD, whole=False)
-        starts.add(int(np.flatnonzero(example.evidence)[0]))
+        check_questions(wide, example, RECORD, whole=False)
+        starts.add(int(np.flatnonzero(example.questions[0].evidence)[0]))
     assert len(starts) > 6
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("bad", "reason"),
     [
-        (Record(PROSE, "q?", "the"), examples.LONG),
-        (Record(PROSE, "q?", "the", ((0, 5000),)), examples.LONG),
-        (Record("short", "q?", "short"), examples.SHORT),
+        (record(PROSE, "q?", "the"), examples.LONG),
+        (record(PROSE, "q?", "the", ((0, 5000),)), examples.LONG),
+        (record("short", "q?", "short"), examples.SHORT),
     ],
 )
-def test_contexts_that_cannot_be_read(record, reason):
+def test_contexts_that_cannot_be_read(bad, reason):
     model, reasons = toy.model(w_max=4096), Told()
     # Without the template the prefix is shorter than a window.
     maker = Maker(
         model, Shape((150, 400), 64, 32), frame=acre.Frame(model.tokenizer, template="")
     )
-    made = maker.question(record, random.Random(0), reasons)
+    made = maker.asked(bad, random.Random(0), reasons)
     assert made is None and reasons == [reason]
 
 
@@ -226,6 +276,7 @@ def test_contexts_that_cannot_be_read(record, reason):
         ({"window": 0}, "window: got 0"),
         ({"stride": 0}, "stride: got 0"),
         ({"carry": -1}, "carry: got -1"),
+        ({"questions": 0}, "questions: got 0"),
     ],
 )
 def test_shapes_refuse(changes, told):
@@ -242,8 +293,8 @@ def test_a_model_without_words_is_refused():
 def test_question_examples_of_a_real_tokenizer():
     model = acre.Model.from_pretrained(smollm2())
     maker = Maker(model, Shape((600, 6000), 512, 256))
-    check_question(model, maker.question(RECORD, random.Random(1), no_skip), RECORD)
+    check_questions(model, maker.asked(RECORD, random.Random(1), no_skip), RECORD)
     short = Maker(model, Shape((600, 700), 512, 256))
-    example = short.question(RECORD, random.Random(1), Told())
-    check_question(model, example, RECORD, whole=False)
-    assert decoded(model, example.tail).endswith("1730<|im_end|>")
+    example = short.asked(RECORD, random.Random(1), Told())
+    check_questions(model, example, RECORD, whole=False)
+    assert decoded(model, example.questions[0].ids).endswith("1730<|im_end|>")

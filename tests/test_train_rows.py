@@ -11,12 +11,13 @@ import pytest
 from training import (
     SIZES,
     nq,
+    record,
     texts,
     write,
 )
 
 from acre.training.files import SHOWN, Skipped, find_files, items
-from acre.training.forms import Record, parse
+from acre.training.forms import parse
 from acre.training.stream import Stream
 
 # -------------------------------------------------------------------------------- forms
@@ -37,37 +38,38 @@ def test_conversations(role, words, user, other):
         turns = [{role: n, words: w} for n, w in zip(names, said, strict=False)]
         return parse({"conversations": [{role: "system", words: "be good"}, *turns]})
 
-    assert talk("text", "I read it", "q?", "a") == [Record("text", "q?", "a")]
-    assert talk("long\n\ntext\n\nq?", "a") == [Record("long\n\ntext", "q?", "a")]
-    assert talk("text\nq?", "a") == [Record("text", "q?", "a")]
+    assert talk("text", "I read it", "q?", "a") == [record("text", "q?", "a")]
+    assert talk("long\n\ntext\n\nq?", "a") == [record("long\n\ntext", "q?", "a")]
+    assert talk("text\nq?", "a") == [record("text", "q?", "a")]
     assert talk("t", "x", "q1", "a1", "q2", "a2") == [
-        Record("t\n\nx\n\nq1\n\na1", "q2", "a2")
+        record("t\n\nx\n\nq1\n\na1", "q2", "a2")
     ]
-    assert talk("text", "I read it", "q?", "a", "thanks")[0].answer == "a"
+    assert talk("text", "I read it", "q?", "a", "thanks")[0].questions[0].answer == "a"
 
 
 def test_question_rows():
     row = {"context": "The cat is red.", "question": "q?", "answer": "red"}
-    assert parse(row) == [Record("The cat is red.", "q?", "red", extractive=True)]
+    assert parse(row) == [record("The cat is red.", "q?", "red", extractive=True)]
     made = parse(row | {"evidence": [[4, 7], "is red"], "extractive": False})[0]
-    assert made.evidence == ((4, 7), (8, 14)) and not made.extractive
+    assert made.questions[0].evidence == ((4, 7), (8, 14)) and not made.extractive
     row = {"passages": ["one", {"title": "T", "text": "two"}], "question": "q?"}
     made = parse(row | {"answers": ["three", "two"]})[0]
-    assert made.context == "one\n\nT\ntwo" and made.answer == "two"
+    assert made.context == "one\n\nT\ntwo" and made.questions[0].answer == "two"
 
 
 def test_gold_passages_and_meetings():
     made = parse(nq(3))[0]
-    [(start, end)] = made.evidence
+    [(start, end)] = made.questions[0].evidence
     assert made.context[start:end] == nq(3)["passage"] and made.extractive
     turns = ["A: one", "B: two", "C: three"]
     asked = [
         {"query": "q1", "answer": "a1", "evidence_turns": [["1", "2"]]},
         {"query": "q2", "answer": "a2", "evidence_turns": []},
     ]
-    first, second = parse({"turns": turns, "queries": asked})
-    assert [first.context[a:b] for a, b in first.evidence] == ["B: two\nC: three"]
-    assert (second.question, second.answer, second.evidence) == ("q2", "a2", ())
+    [made] = parse({"turns": turns, "queries": asked})
+    first, second = made.questions
+    assert [made.context[a:b] for a, b in first.evidence] == ["B: two\nC: three"]
+    assert (second.text, second.answer, second.evidence) == ("q2", "a2", ())
 
 
 @pytest.mark.parametrize(

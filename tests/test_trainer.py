@@ -19,8 +19,16 @@ def trainer(**changes):
     return _core.Trainer(tiny.model(**changes))
 
 
+ALL = np.ones(len(IDS), bool)
+
+
 def example(**changes):
     return {"ids": IDS, **READING, **changes}
+
+
+def asked(ids=(1, 2), weights=None, query=None, evidence=None):
+    """A question as a change of an example."""
+    return {"questions": [(list(ids), weights, query, evidence)]}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -70,15 +78,16 @@ def test_loss_is_the_builders():
     losses = builder.losses()[1:].astype(np.float64)
     assert result["weight"] == len(losses)
     assert result["loss"] == pytest.approx(losses.sum(), rel=1e-6)
-    assert np.isnan(result["evidence"])
+    assert result["evidence"] == result["known"] == 0
 
 
 def test_the_way_back_changes_no_loss():
     t = trainer(trained=True)
-    tail = {"tail": tiny.ids(4, 7), "weights": np.linspace(0, 2, 47)}
-    there = t.accumulate(**example(gradients=False, **tail))
+    asked = (tiny.ids(4, 7), np.linspace(0, 2, 7), None, None)
+    more = {"questions": [asked] * 2, "weights": np.linspace(0, 2, 40)}
+    there = t.accumulate(**example(gradients=False, **more))
     assert not t.read("gradients").any()
-    back = t.accumulate(**example(**tail))
+    back = t.accumulate(**example(**more))
     assert back["loss"] == pytest.approx(there["loss"], rel=1e-6)
     assert back["rows"] == there["rows"] and back["weight"] == there["weight"]
     assert t.read("gradients").any()
@@ -123,7 +132,8 @@ def test_threads_and_repeats_give_the_same_bits():
     def run(threads):
         engine = _core.Engine(threads=threads)
         t = _core.Trainer(tiny.model(trained=True, engine=engine, dtype="bf16"))
-        t.accumulate(**example(tail=tiny.ids(4, 5), carry=3))
+        questions = [(tiny.ids(4, 5), None, None, None)] * 3
+        t.accumulate(**example(questions=questions, carry=3))
         return t.read("gradients")
 
     first = run(1)
@@ -142,12 +152,24 @@ def test_threads_and_repeats_give_the_same_bits():
         ({"weights": np.ones(39)}, ValueError, "weights.*expected one dimension of 40"),
         ({"weights": np.full(40, -1.0)}, ValueError, r"weights\[0\]: got -1"),
         ({"weights": np.full(40, np.nan)}, ValueError, "weights"),
-        ({"evidence": np.ones(40, bool)}, TypeError, "query"),
-        ({"evidence": np.ones(39, bool), "query": (0, 1)}, ValueError, "evidence.*39"),
-        ({"evidence": np.ones(40, bool), "query": (0, 1)}, ValueError, "query.*0 tail"),
-        ({"evidence": np.ones(40, bool), "query": 3}, TypeError, "query"),
+        (asked(evidence=ALL), TypeError, "query"),
+        (asked(query=(0, 1), evidence=ALL[1:]), ValueError, "evidence.*39"),
+        (
+            asked(query=(0, 3), evidence=ALL),
+            ValueError,
+            r"\[0\]: query.*2 tok",
+        ),
+        (asked(query=(1, 1), evidence=ALL), ValueError, "query"),
+        (asked(query=3, evidence=ALL), TypeError, "query"),
+        (asked(weights=np.ones(3)), ValueError, "weights.*expected one dimension of 2"),
+        (asked(weights=np.full(2, -1.0)), ValueError, r"questions\[0\]: weights\[0\]"),
+        (asked(ids=[1, -2]), ValueError, r"questions\[0\]: ids\[1\]: got -2"),
+        (asked(ids=[]), ValueError, r"questions\[0\]: got 0 tokens"),
+        ({"questions": [([1], None, None)]}, TypeError, "question.*tuple"),
+        ({"questions": 3}, TypeError, "questions"),
         ({"heads": np.ones((2, 3))}, (TypeError, ValueError), "heads"),
-        ({"tail": [1, -2]}, ValueError, r"tail\[1\]"),
+        ({"heads": np.zeros((2, 4), bool)}, ValueError, "heads: got none"),
+        ({"evidence_weight": -1.0}, ValueError, "evidence_weight"),
         ({"window": "16"}, TypeError, "window"),
     ],
 )

@@ -59,14 +59,16 @@ def test_losses_are_those_of_the_reference(case, family, trained):
     sizes = ([interval] * count(n, window, stride), window, stride, carry)
     rng = np.random.default_rng(n)
     weights = rng.random(n + TAIL) * (rng.random(n + TAIL) < 0.8)
-    loss, weight, share = method.example(ids, *sizes, weights=weights[:n])
+    loss, weight, shares = method.example(ids, *sizes, weights=weights[:n])
     expected = (weights[1:n] * cache.losses[1:]).sum()
     assert loss.item() == pytest.approx(expected, abs=1e-10)
-    assert weight == pytest.approx(weights[1:n].sum()) and share is None
-    both, weight, _ = method.example(ids, *sizes, tail=tail, weights=weights)
-    expected = (weights[n:] * tail_losses(cache, ids, tail)).sum()
+    assert weight == pytest.approx(weights[1:n].sum()) and shares == []
+    questions = [(tail, weights[n:], None, None), (tail[::-1].copy(), None, None, None)]
+    both, more, _ = method.example(ids, *sizes, weights[:n], questions)
+    expected = (weights[n + 1 :] * losses_behind(cache, tail)).sum()
+    expected += losses_behind(cache, tail[::-1]).sum()
     assert (both - loss).item() == pytest.approx(expected, abs=1e-10)
-    assert weight == pytest.approx(weights[1:].sum())
+    assert more - weight == pytest.approx(weights[n + 1 :].sum() + TAIL - 1)
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
@@ -82,16 +84,10 @@ def test_each_loss_is_that_of_the_reference(case):
         assert loss.item() == pytest.approx(losses[i], abs=1e-10)
 
 
-def tail_losses(cache: Any, ids: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """[t] of the reference: the first from the row before, the rest from the cache."""
-    shape, model = cache.shape, cache.model
-    start, stop = shape.windows()[-1]
-    entries = shape.nested(start, stop)
-    past = [cache.gather(i, shape.resident(start)) for i in range(model.layers)]
-    nested = [model.vocab if kind == "L1" else ids[i] for kind, i in entries]
-    before = model.head(model.forward(np.array(nested), past)[0])[-1:]
-    rows = np.concatenate([before, cache.logits(tail)[:-1]])
-    return -np.log(softmax(rows)[np.arange(len(tail)), tail])
+def losses_behind(cache: Any, asked: np.ndarray) -> np.ndarray:
+    """[t - 1] of the reference: a question's tokens but the first."""
+    rows = softmax(cache.logits(asked)[:-1])
+    return -np.log(rows[np.arange(len(asked) - 1), asked[1:]])
 
 
 @pytest.mark.parametrize("heads", [None, "some"])
@@ -109,12 +105,13 @@ def test_evidence_is_the_share_of_the_scores(case, heads):
     evidence = np.zeros(n, bool)
     evidence[[interval - 1, interval, -1]] = True  # groups 0 and 1; the last token
     groups = np.unique([0, 1, (n - 1) // interval])
-    expected = scores[groups[groups < cache.shape.m]].sum() / scores.sum()
+    expected = scores[groups[groups < cache.shape.m]] / scores.sum()
     intervals = [interval] * count(n, window, stride)
-    _, _, share = method.example(
-        ids, intervals, window, stride, carry, tail, None, evidence, (1, 4), heads
+    questions = [(tail, None, (1, 4), evidence), (tail, None, None, None)]
+    _, _, [share] = method.example(
+        ids, intervals, window, stride, carry, None, questions, heads
     )
-    assert share.item() == pytest.approx(expected, abs=1e-10)
+    np.testing.assert_allclose(share.detach().numpy(), expected, atol=1e-10)
 
 
 # ------------------------------------------------------------------ mixed intervals
@@ -194,7 +191,9 @@ def test_intervals_may_differ(n, carry):
     spread = Spread(reference, np.concatenate([ids, tail]))
     expected = spread.losses(n, intervals, 13, 9, carry)[1:]
     weights = np.random.default_rng(0).random(n + TAIL)
-    loss, _, _ = method.example(ids, intervals, 13, 9, carry, tail, weights)
+    questions = [(tail, weights[n:], None, None)]
+    loss, _, _ = method.example(ids, intervals, 13, 9, carry, weights[:n], questions)
+    weights[n] = 0  # nothing predicts a question's first token
     assert loss.item() == pytest.approx(float(weights[1:] @ expected), abs=1e-10)
 
 
@@ -204,11 +203,11 @@ def test_intervals_may_differ(n, carry):
 def objective(method: TorchMethod, n: int = 41, carry: int = 0) -> Any:
     """A loss in which every part of the objective has a say."""
     evidence = np.arange(n) % 11 == 0
-    loss, _, share = method.example(
-        tiny.ids(3, n), [3, 16, 1, 8, 2], 13, 9, carry, tiny.ids(4, TAIL), None,
-        evidence, (1, 4),
-    )  # fmt: skip
-    return loss - 3.0 * torch.log(share)
+    questions = [(tiny.ids(i, TAIL), None, (1, 4), evidence) for i in (4, 5)]
+    loss, _, shares = method.example(
+        tiny.ids(3, n), [3, 16, 1, 8, 2], 13, 9, carry, None, questions
+    )
+    return loss - 3.0 * sum(torch.log(share).mean() for share in shares)
 
 
 @pytest.mark.parametrize("carry", [0, 6])

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import acre
-from acre.training.forms import Record
+from acre.training.forms import Question, Record
 
 SIZES = {"length": (150, 260), "window": 64, "stride": 32}
 PROSE = " ".join(
@@ -46,9 +46,12 @@ def texts(count: int, words: int = 150) -> list[dict]:
 
 def plain(example) -> tuple:
     """An example as values that compare."""
-    arrays = (example.ids, example.tail, example.weights, example.evidence)
+    arrays = [example.ids, example.weights]
+    for q in example.questions:
+        arrays += [q.ids, q.weights, q.evidence]
     shown = [None if a is None else (str(a.dtype), a.tolist()) for a in arrays]
-    return (*shown, example.query, example.intervals, example.window)
+    queries = [q.query for q in example.questions]
+    return (*shown, queries, example.intervals, example.window)
 
 
 def decoded(model, ids) -> str:
@@ -66,41 +69,60 @@ def no_skip(reason: str, detail: str) -> None:
     raise AssertionError(f"{reason}: {detail}")
 
 
-RECORD = Record(
-    PROSE,
+ASKED = Question(
     "Answer briefly. When did 91 boats come?",
     "In the year 1730",
     ((PROSE.index(" In the year 1730"), PROSE.index(" In the year 1731")),),
     "When did 91 boats come?",
 )
+RECORD = Record(PROSE, (ASKED,))
 
 
-def check_question(model, example, record: Record, whole: bool = True) -> None:
-    """Every part of an example, by the text of its tokens."""
+def record(context: str, *question, extractive: bool = False) -> Record:
+    """A record of one question."""
+    return Record(context, (Question(*question),), extractive)
+
+
+def check_questions(model, example, record: Record, whole: bool = True) -> None:
+    """Every part of an example that asks all its record's questions, by the text of its
+    tokens."""
     frame = acre.Frame(model.tokenizer)
-    n, p = len(example.ids), len(frame.prefix_ids)
-    assert example.ids.dtype == example.tail.dtype == np.int32
+    p = len(frame.prefix_ids)
+    assert example.ids.dtype == np.int32
     assert np.array_equal(example.ids[:p], frame.prefix_ids)
     own = decoded(model, example.ids[p:])
     assert own == record.context if whole else own.strip("\ufffd") in record.context
     assert example.weights.dtype == np.float32
-    assert len(example.weights) == n + len(example.tail)
-    assert set(example.weights.tolist()) == {0.0, 1.0}
-    learned = np.flatnonzero(example.weights) - n
-    assert learned[0] >= 0 and learned[-1] == len(example.tail) - 1
+    assert example.weights.tolist() == [0.0] * len(example.ids)
+    assert len(example.questions) == len(record.questions)
+    for asked, question in zip(example.questions, record.questions, strict=True):
+        check_asked(model, frame, asked, question)
+        check_evidence(model, example.ids, asked, question, record.context)
+
+
+def check_asked(model, frame, asked, question: Question) -> None:
+    """A framed question: what is sent, what is learned, what scores."""
+    assert asked.ids.dtype == np.int32 and asked.weights.dtype == np.float32
+    assert set(asked.weights.tolist()) == {0.0, 1.0}
+    learned = np.flatnonzero(asked.weights)
+    assert len(asked.weights) == len(asked.ids) == learned[-1] + 1
     assert len(learned) == learned[-1] - learned[0] + 1
-    *answer, end = example.tail[learned]
-    assert decoded(model, answer).strip() == record.answer and end in model.eos_ids
-    asked, first, last = frame.question_ids(record.question, record.query or None)
-    assert np.array_equal(example.tail[: learned[0]], asked)
-    assert example.query == (first, last)
-    scored = decoded(model, example.tail[first:last]).strip()
-    assert scored == (record.query or record.question).strip()
-    if not record.evidence:
-        assert example.evidence is None
+    *answer, end = asked.ids[learned]
+    assert decoded(model, answer).strip() == question.answer and end in model.eos_ids
+    sent, first, last = frame.question_ids(question.text, question.query or None)
+    assert np.array_equal(asked.ids[: learned[0]], sent)
+    assert asked.query == (first, last)
+    scored = decoded(model, asked.ids[first:last]).strip()
+    assert scored == (question.query or question.text).strip()
+
+
+def check_evidence(model, ids, asked, question: Question, context: str) -> None:
+    """The flags mark the words of the ranges, nothing else."""
+    if not question.evidence:
+        assert asked.evidence is None
         return
-    assert example.evidence.dtype == np.uint8 and len(example.evidence) == n
-    marked = np.flatnonzero(example.evidence)
+    assert asked.evidence.dtype == np.uint8 and len(asked.evidence) == len(ids)
+    marked = np.flatnonzero(asked.evidence)
     parts = np.split(marked, np.flatnonzero(np.diff(marked) > 1) + 1)
-    shown = [decoded(model, example.ids[part]).strip() for part in parts]
-    assert shown == [record.context[a:b].strip() for a, b in record.evidence]
+    shown = [decoded(model, ids[part]).strip() for part in parts]
+    assert shown == [context[a:b].strip() for a, b in question.evidence]

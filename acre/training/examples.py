@@ -74,8 +74,8 @@ class Shape:
         return 1 + max(0, -(-(n - self.window) // self.stride))
 
     def positions(self, n: int, t: int, intervals: Sequence[int]) -> int:
-        """At least the positions that any pass over n tokens and a question of t takes.
-        """
+        """At least the positions that any pass takes, questions being of up to t
+        tokens."""
         most = entries = start = last = 0
         for i, interval in enumerate(intervals):
             stop = min(n, start + (self.stride if i else self.window))

@@ -101,11 +101,11 @@ def train(
     to a tenth. batch_tokens: least tokens of an update, of all processes together.
     clip: greatest norm of a gradient, 0 = any. length: tokens of an example, or (least,
     most). window, stride, carry: as `Model.build`. intervals: what l of each window is
-    drawn from. questions: the most that are asked of one context. evidence_weight: the term that rewards attention to known evidence
-    counts like so many tokens; evidence_heads: the (layer, head) pairs that it trains
-    and that then score questions, None = the last layer's. passes: over the files; None
-    = 1 in stage 1, 2 in stage 2. length ... intervals and passes are a given stream's
-    own affair.
+    drawn from. questions: the most that are asked of one context. evidence_weight: the
+    term that rewards attention to a question's known evidence counts like so many
+    tokens; evidence_heads: the (layer, head) pairs that it trains and that then score
+    questions, None = the last layer's. passes: over the files; None = 1 in stage 1, 2
+    in stage 2. length ... questions and passes are a given stream's own affair.
 
     save_every: steps between checkpoints, of which the last `keep` stay. held_out: data
     whose loss is measured every `evaluate_every` steps, on its first examples. resume:
