@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,21 @@ def base_name(name: str) -> str:
 def rescaled(base: np.ndarray, kind: str, packed: np.ndarray, scale: np.ndarray):
     """float32 of a packed tensor: base rows + scale * packed rows."""
     return widened(base, kind) + packed.astype(np.float32) * scale[:, None]
+
+
+def trained_windows(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
+    """The first and the later windows that L1 parameters were trained with, where the
+    settings of a checkpoint or an adapter say it. ModelFileError for what is none."""
+    keys = ("acre_window", "acre_stride")
+    if not all(key in said for key in keys):
+        return None
+    window, stride = (str(said[key]) for key in keys)
+    if window.isdecimal() and stride.isdecimal() and int(window) and int(stride):
+        return int(window), int(stride)
+    raise ModelFileError(
+        f"{path}: acre_window, acre_stride: got {short(window)}, {short(stride)}, "
+        "expected tokens"
+    )
 
 
 class Adapter:
@@ -120,6 +135,10 @@ class Adapter:
             raise ModelFileError(
                 f"{self.path}: scoring {short(said)}: {error}"
             ) from error
+
+    def windows(self) -> tuple[int, int] | None:
+        """As `trained_windows`."""
+        return trained_windows(self.metadata, self.path)
 
     def check(self, prints: Prints) -> None:
         """ModelFileError unless the base is the one that was trained on.

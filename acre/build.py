@@ -22,7 +22,7 @@ from acre.chat import Frame
 from acre.generate import integer
 from acre.model import check_ids, check_text
 from acre.report import Layout
-from acre.scoring import Scorer
+from acre.scoring import PROXIES, Scorer
 
 if TYPE_CHECKING:
     from acre.model import Ids, Model
@@ -157,10 +157,15 @@ def build_options(
 
 
 def proxy_of(model: Model, proxy: str) -> str:
-    """The proxy in force: "auto" is "trained" where the model has L1 parameters."""
-    if proxy != "auto":
-        return proxy
-    return "trained" if model.core.has_l1 else "pooled"
+    """The proxy in force: "auto" is "trained" where the model has L1 parameters.
+    TypeError, ValueError."""
+    if not isinstance(proxy, str):
+        raise TypeError(f"proxy: got {type(proxy).__name__}, expected str")
+    if proxy == "auto":
+        return "trained" if model.core.has_l1 else "pooled"
+    if proxy not in PROXIES:
+        raise ValueError(f"proxy: got {proxy!r}, expected 'auto' or one of {PROXIES}")
+    return proxy
 
 
 def pooling_options(

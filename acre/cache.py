@@ -88,8 +88,8 @@ class Cache:
         text_or_ids: str | Ids,
         *,
         interval: int | str = "auto",
-        window: int = 4096,
-        stride: int = 2048,
+        window: int | None = None,
+        stride: int | None = None,
         carry: int = 0,
         proxy: str = "auto",
         progress: Progress = True,
@@ -101,7 +101,11 @@ class Cache:
     ) -> Cache:
         """As `Model.build`, which documents the arguments."""
         proxy = proxy_of(model, proxy)
-        options = build_options(proxy, interval, window, stride, carry, eta, reserve)
+        first, later = model.windows[proxy]
+        options = build_options(
+            proxy, interval, first if window is None else window,
+            later if stride is None else stride, carry, eta, reserve,
+        )  # fmt: skip
         options |= pooling_options(model, proxy, weight, sink)
         return cls(model, *read(model, text_or_ids, options, progress, frame))
 

@@ -323,8 +323,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _build_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading")
     group.add_argument("--interval", type=interval, default="auto", help="l, or auto")
-    group.add_argument("--window", type=int, default=4096)
-    group.add_argument("--stride", type=int, default=2048)
+    told = "default: as the L1 parameters were trained, or"
+    group.add_argument("--window", type=int, help=f"{told} 4096")
+    group.add_argument("--stride", type=int, help=f"{told} 2048")
     group.add_argument("--carry", type=int, default=0)
     group.add_argument(
         "--proxy", default="auto", choices=("auto", "pooled", "trained"),

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from acre import _core, devices, generate, loaders
+from acre.adapter import trained_windows
 from acre.errors import ModelFileError
 from acre.fingerprints import Fingerprints, Prints
 from acre.generate import Sampling, Stream, Streamer, integer
-from acre.scoring import pooling, registered
+from acre.scoring import PROXIES, pooling, registered
 from acre.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Ids = Sequence[int] | np.ndarray
 Tensors = Iterable[tuple[str, Any, str | None]]
 
+WINDOWS = (4096, 2048)  # tokens of the first window and of later ones
 DTYPES = {
     "bf16": "bf16",
     "bfloat16": "bf16",
@@ -152,6 +154,7 @@ class Model:
         known_as = (prints.model, name)
         self.scoring = registered(known_as, self.config["layers"], self.config["heads"])
         self.pooling = pooling(known_as)
+        self.windows = dict.fromkeys(PROXIES, WINDOWS)
 
     @classmethod
     def from_pretrained(
@@ -183,11 +186,16 @@ class Model:
         trained = None if adapter is None else loaders.open_adapter(adapter)
         tensors = source.tensors() if trained is None else trained.on(source)
 
+        said = trained_windows(source.acre, source.path)
+        if trained is not None:
+            said = trained.windows()
         try:
-            return cls._bind(
+            model = cls._bind(
                 engine, {**source.config, "dtype": dtype, "weights": kept}, positions,
                 tensors, source.tokenizer, source.name, trained,
             )  # fmt: skip
+            model.windows["trained"] = said or WINDOWS
+            return model
         except ModelFileError:
             raise
         except ValueError as error:
@@ -399,8 +407,8 @@ class Model:
         self,
         text_or_ids: str | Ids,
         interval: int | str = "auto",
-        window: int = 4096,
-        stride: int = 2048,
+        window: int | None = None,
+        stride: int | None = None,
         carry: int = 0,
         proxy: str = "auto",
         progress: bool | Callable[[int, int], None] = True,
@@ -413,9 +421,10 @@ class Model:
         """Reads a text once into a frozen bi-layer cache that answers many questions.
 
         interval: l, or "auto" for the least of 8 ... 128 that fits. window, stride: L2
-        tokens of the first and of later windows. carry: L2 tokens of the window before
-        that stay attendable. proxy: "pooled" (no training), "trained" (L1 tokens), or
-        "auto": "trained" where the model or its adapter has L1 parameters.
+        tokens of the first and of later windows; None = what the L1 parameters were
+        trained with where that is known, or else 4096 and 2048. carry: L2 tokens of the
+        window before that stay attendable. proxy: "pooled" (no training), "trained" (L1
+        tokens), or "auto": "trained" where the model or its adapter has L1 parameters.
         eta, reserve: room planned for refilling, and for question and answer (None =
         the smaller of 4096 and w_max/8). weight: tokens that a pooled entry counts for
         in attention, sink: the first pooled entry is the first token alone; None = the

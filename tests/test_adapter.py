@@ -410,6 +410,35 @@ def test_trained_parameters_are_used_where_there_are_any(place):
     assert adapted.build(text, **toy.BUILD, proxy="pooled").proxy == "pooled"
 
 
+def test_windows_are_those_of_the_training(place, tmp_path):
+    """Unless told otherwise; pooled entries come from no training."""
+    path, _, base = place
+    text = toy.sentence(2, 90)
+    adapter = path / "bf16.safetensors"
+    adapted = opened(path / "model", adapter)
+    merge_adapter(path / "model", adapter, tmp_path / "merged")
+    merged = opened(tmp_path / "merged", None)
+    for model, proxy, wanted in (
+        (base, "auto", (4096, 2048)),
+        (adapted, "pooled", (4096, 2048)),
+        (adapted, "auto", (64, 32)),
+        (merged, "auto", (64, 32)),
+    ):
+        plan = model.build(text, 8, eta=8, reserve=8, proxy=proxy).plan
+        assert (plan["window"], plan["stride"]) == wanted
+    plan = adapted.build(text, 8, window=50, eta=8, reserve=8).plan
+    assert (plan["window"], plan["stride"]) == (50, 32)
+
+
+@pytest.mark.parametrize("window", ["0", "x", "-4", "1.5"])
+def test_windows_that_are_none(place, tmp_path, window):
+    path, own, base = place
+    said = describe(base.prints, "model", **KEYS | {"acre_window": window})
+    write_adapter(tmp_path / "a.safetensors", own, said)
+    with pytest.raises(ModelFileError, match="acre_window, acre_stride: got"):
+        opened(path / "model", tmp_path / "a.safetensors")
+
+
 def test_results_name_the_proxy_that_was_meant(place):
     from acre.eval.methods import Settings, make
 
@@ -513,7 +542,7 @@ def test_the_choice_of_heads_travels(fake, place, tmp_path, monkeypatch):
     class Known(fakes.Stream):
         def __next__(self):
             example = super().__next__()
-            example.evidence = np.ones(len(example.ids), bool)
+            example.questions = (np.ones(len(example.ids), bool),)
             return example
 
     monkeypatch.setattr(fake, "accumulate", told)

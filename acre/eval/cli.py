@@ -74,8 +74,10 @@ def _setting_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--interval", default="auto", help="l, or auto")
     for name in SETTINGS:
         value = getattr(default, name)
-        group.add_argument(f"--{name}", type=int, default=value,
-                           help=f"default {value}")  # fmt: skip
+        trained = name in ("window", "stride")
+        told = f"as the L1 parameters were trained, or {value}" if trained else value
+        group.add_argument(f"--{name}", type=int, default=None if trained else value,
+                           help=f"default: {told}")  # fmt: skip
     group.add_argument("--select", default="shared", choices=("shared", "per_layer"))
     group.add_argument("--proxy", default="auto", choices=("auto", *PROXIES))
     group.add_argument("--budget", type=int,

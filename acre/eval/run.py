@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from acre.build import proxy_of
 from acre.eval import engines
 from acre.eval.methods import Method, OwnMethod, Settings, make_all
 from acre.eval.pictures import draw
@@ -127,12 +128,16 @@ def evaluate(
     used, and a question that fails, is counted and reported, never fatal.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    chosen = make_all(methods, Settings(**{"seed": seed, **_known(settings)}))
+    given = _known({k: v for k, v in settings.items() if v is not None})
+    make_all(methods, Settings(**given))  # refuses before any work
     ask = Ask(
         limit, tuple(lengths), questions,
         None if depths is None else tuple(depths), texts, seed,
     )  # fmt: skip
     opened, spec = _open(model)
+    first, later = opened.windows[proxy_of(opened, given.get("proxy", "auto"))]
+    whole = {"seed": seed, "window": first, "stride": later, **given}
+    chosen = make_all(methods, Settings(**whole))
     chosen = [m.on(opened) if isinstance(m, OwnMethod) else m for m in chosen]
     if opened.tokenizer is None:
         raise ValueError("model: has no tokenizer, evaluation needs one")

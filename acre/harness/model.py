@@ -35,6 +35,7 @@ except ModuleNotFoundError as error:
 from tqdm import tqdm
 
 from acre import chat, generate
+from acre.build import proxy_of
 from acre.generate import Sampling, integer
 from acre.harness.contexts import Context, Contexts, Reading
 from acre.model import Model
@@ -169,11 +170,15 @@ class AcreLM(TemplateLM):
         _check_names(options)
         if (path is None) == (pretrained is None):
             raise TypeError("model_args: give path (or pretrained, the same)")
+        asked = _taken(options, READING)
+        Reading(**asked)  # refuses before the model is opened
         own = {"max_gen_toks": 256, "seed": 0, **_taken(options, OWN)}
-        reading = Reading(**_taken(options, READING))
         settings = _taken(options, MODEL)
         self.acre = _opened(pretrained if path is None else path, settings)
         self.tokenizer: Tokenizer = self.acre.tokenizer
+        used = proxy_of(self.acre, asked.get("proxy", "auto"))
+        windows = dict(zip(("window", "stride"), self.acre.windows[used], strict=True))
+        reading = Reading(**(windows | asked))
         self.contexts = Contexts(self.acre, reading)
         self.max_gen_toks: int = integer("max_gen_toks", own["max_gen_toks"], 1)
         self.seed: int = own["seed"]
