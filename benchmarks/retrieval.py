@@ -82,7 +82,7 @@ def build(
     proxy: str,
     *,
     interval: int = 0,
-    window: int = 4096,
+    window: int | None = None,
     pooling: dict[str, int] | None = None,
 ) -> Bench:
     """Reads the probe's text. Questions whose evidence is among the recent entries,
@@ -91,14 +91,15 @@ def build(
     frame = Frame(model.tokenizer)
     body, offsets = model.tokenizer.encode_offsets(probe.text)
     prefix = np.asarray(frame.prefix_ids, dtype=np.int32)
+    first, later = model.windows[proxy]
     start = time.perf_counter()
     builder = _core.Builder(
         model.core,
         np.concatenate([prefix, body]),
         proxy=proxy,
         interval=interval,
-        window=window,
-        stride=window // 2,
+        window=first if window is None else window,
+        stride=later if window is None else window // 2,
         eta=2048,
         **(pooling or (model.pooling if proxy == "pooled" else {})),
     )

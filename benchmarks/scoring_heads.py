@@ -1,10 +1,12 @@
 """Which heads find the evidence? Recall of sets of heads, rotated or not, calibrated.
 
     ACRE_DATA=... python benchmarks/scoring_heads.py --out acre/scoring.json
+    ACRE_DATA=... python benchmarks/scoring_heads.py --adapter DIR --out scoring.json
 
 Takes probes made of the *train* split; scores every question with each head alone;
 chooses the set of heads (greedily, by mean recall over the probes) that `Model.scoring`
-then uses. The dev split is left for measuring the choice.
+then uses for pooled entries or, for `acre adapter pack --scoring`, for those of an
+adapter. The dev split is left for measuring the choice.
 """
 
 from __future__ import annotations
@@ -91,9 +93,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8)
     parser.add_argument("--weight", type=int, help="of pooled entries; 0 = interval")
     parser.add_argument("--sink", type=int, choices=[0, 1])
+    parser.add_argument("--adapter", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    model = acre.Model.from_pretrained(options.model or smollm2())
+    path, adapter = options.model or smollm2(), options.adapter
+    model = acre.Model.from_pretrained(path, adapter=adapter)
     texts = [
         make_probe("needle", model, options.tokens, "train", seed=1),
         make_probe("kv", model, options.tokens, "train", seed=1),
@@ -101,8 +105,9 @@ def main() -> None:
     ]
     given = {"weight": options.weight, "sink": options.sink}
     pooling = model.pooling | {k: v for k, v in given.items() if v is not None}
-    form = {"interval": options.interval, "pooling": pooling}
-    benches = [build(model, text, "pooled", **form) for text in texts]
+    form = {"interval": options.interval} | ({} if adapter else {"pooling": pooling})
+    proxy = "trained" if adapter else "pooled"
+    benches = [build(model, text, proxy, **form) for text in texts]
     best: tuple = ([], -1.0, {})
     for rotated in (True, False):
         judged = [Judged(bench, rotated) for bench in benches]
@@ -120,6 +125,9 @@ def main() -> None:
     print("chosen:", best)
     if options.out:
         scoring = {"heads": [list(head) for head in best[0]], **best[2]}
+        if adapter:
+            options.out.write_text(json.dumps(scoring) + "\n")
+            return
         entry = {"pooled": scoring, "pooling": pooling}
         table = json.loads(options.out.read_text()) if options.out.exists() else {}
         for key in (model.fingerprint, model.name):

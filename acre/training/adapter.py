@@ -144,11 +144,14 @@ def pack_adapter(
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
     storage: str = "int8",
+    scoring: Mapping[str, Any] | None = None,
 ) -> None:
     """The same adapter in another storage: "int8", "bf16" or "f32".
 
     model: path of the base, which "int8" needs, on either side. Opening it again needs
-    the very same base. FileNotFoundError, ModelFileError, ValueError, OSError.
+    the very same base. scoring: how groups are scored, in place of what the adapter
+    says: a `Scoring.record`, as benchmarks/scoring_heads.py chooses it.
+    FileNotFoundError, ModelFileError, ValueError, OSError.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage: got {storage!r}, expected one of {STORAGES}")
@@ -164,7 +167,10 @@ def pack_adapter(
     for name, (_, array, kind) in own.items():
         values = widened(array, kind)
         pieces += _pieces(name, values, storage, bases.get(base_name(name)))
-    _write(Path(out), pieces, {**opened.metadata, "storage": storage})
+    said = {**opened.metadata, "storage": storage}
+    if scoring is not None:
+        said["scoring"] = json.dumps(dict(scoring))
+    _write(Path(out), pieces, said)
 
 
 # ------------------------------------------------------------------------------ merging

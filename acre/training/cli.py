@@ -56,6 +56,8 @@ def add_commands(commands: Any, model_options: Any) -> None:
     pack.add_argument("--storage", default="int8", choices=("int8", "bf16", "f32"),
                       help="int8: differences from the base, half of bf16")  # fmt: skip
     pack.add_argument("--model", metavar="PATH", help="the base; int8 needs it")
+    pack.add_argument("--scoring", metavar="JSON",
+                      help="how groups are scored, instead of as it says")  # fmt: skip
     pack.set_defaults(run=command_pack)
     for parser in (merge, pack):
         parser.add_argument("adapter", metavar="ADAPTER", help="file or directory")
@@ -139,13 +141,15 @@ def command_merge(arguments: argparse.Namespace) -> None:
 
 def command_pack(arguments: argparse.Namespace) -> None:
     """The adapter in another storage."""
+    import json
     from pathlib import Path
 
     from acre.cli import say
     from acre.report import bytes_text
     from acre.training.adapter import pack_adapter
 
+    scoring = arguments.scoring and json.loads(Path(arguments.scoring).read_text())
     pack_adapter(
-        arguments.adapter, arguments.output, arguments.model, arguments.storage
+        arguments.adapter, arguments.output, arguments.model, arguments.storage, scoring
     )
     say(f"{arguments.output}: {bytes_text(Path(arguments.output).stat().st_size)}")
