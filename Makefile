@@ -28,7 +28,7 @@ JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
 
-.PHONY: help build cuda test ctest demo bench bench-check bench-peers asan tsan fmt lint wheel \
+.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers asan tsan fmt lint wheel \
         clean
 .DELETE_ON_ERROR:
 
@@ -82,6 +82,10 @@ build: $(VENV)/.built ## the package, editable, in .venv, with SmolLM2-135M
 
 demo: build ## read the Python language reference with SmolLM2 and answer questions
 	$(BIN)/acre demo
+
+# Some three hours on two cores; runs go on where they were stopped.
+adapter: build ## train adapters/smollm2-135m anew, under build/adapter; needs ACRE_DATA
+	ACRE=$(BIN)/acre PYTHON=$(BIN)/python adapters/smollm2-135m/train.sh build/adapter
 
 # torch is pinned: other releases pull gigabytes of CUDA packages.
 $(VENV)/.tools: $(VENV)/.built
