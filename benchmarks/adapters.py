@@ -1,12 +1,13 @@
 """What trained L1 parameters change: perplexity, recall of evidence, answers.
 
-    ACRE_DATA=DIR python benchmarks/adapters.py --out DIR [--what perplexity recall]
-        [--lengths 8192 32768] NAME=ADAPTER ...
+    ACRE_DATA=DIR python benchmarks/adapters.py --out DIR
+        [--what perplexity recall ablations] [--lengths 8192 32768] NAME=ADAPTER ...
 
 Takes adapters by name (folders of `acre train` or files) and a model (SmolLM2-135M from
 its package by default); prints one table per measurement: each adapter's L1 entries at
 every interval beside untrained and pooled ones, and what the same model does without
 any: full attention, a sink and a sliding window of as many keys, BM25, random groups.
+The ablations take the last adapter and leave out or change one thing at a time.
 Finished samples stay in --out, so an interrupted run goes on.
 """
 
@@ -96,13 +97,32 @@ def recall(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["task"])
 
 
+def ablations(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
+    """A row per task and change, of the last adapter: no refilling, another choice of
+    groups, other l and eta."""
+    *_, (name, model, _) = variants(arguments)
+    labels = {"acre": name, "l1-only": "no refilling"}
+    labels |= {"acre:select=per_layer": "per_layer", "random-refill": "random groups"}
+    labels |= {f"acre:interval={n}": f"l={n}" for n in INTERVALS}
+    labels |= {f"acre:eta={n}": f"eta={n}" for n in (256, 512, 1024, 4096)}
+    rows = run(
+        model, FACTS, [*labels], arguments.out / f"ablations-{length}",
+        lengths=(length,), eta=2048, texts=arguments.texts,
+        questions=arguments.questions, limit=arguments.questions * arguments.texts,
+    )  # fmt: skip
+    for row in rows:
+        row |= {"entries": labels[row["method"]], "attended": row.get("entries")}
+        row["length"] = length
+    return sorted(rows, key=lambda row: row["task"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("adapters", nargs="*", metavar="NAME=ADAPTER")
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--what", nargs="+", default=["perplexity", "recall"],
-                        choices=("perplexity", "recall"))  # fmt: skip
+                        choices=("perplexity", "recall", "ablations"))  # fmt: skip
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--questions", type=int, default=10)
@@ -117,6 +137,8 @@ def main() -> None:
             print("\n" + table(perplexity(arguments, length), columns), flush=True)
         if "recall" in arguments.what:
             print("\n" + table(recall(arguments, length), RECALL), flush=True)
+        if "ablations" in arguments.what:
+            print("\n" + table(ablations(arguments, length), RECALL), flush=True)
 
 
 if __name__ == "__main__":

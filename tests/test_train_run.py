@@ -22,9 +22,9 @@ from acre import cli
 from acre.training import checkpoint
 from acre.training.checkpoint import Checkpoints, read_part, read_state
 from acre.training.log import Log
-from acre.training.loop import uninterrupted
 from acre.training.schedule import learning_rate
 from acre.training.settings import settled
+from acre.training.stops import terminable, uninterrupted
 
 TESTS = Path(__file__).resolve().parent
 TIMES = ("seconds", "tokens_per_s")
@@ -197,16 +197,20 @@ def test_killed_again_and_again(tmp_path, whole):
     assert same(folder, whole)
 
 
-def test_ctrl_c_saves_the_last_step(tmp_path, whole):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_the_last_step(tmp_path, whole, number):
     folder = tmp_path / "run"
     running = process(folder, DELAY="0.05")
     deadline = time.monotonic() + 60
     while not (folder / "log.jsonl").exists() or len(rows(folder)) < 3:
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, err = running.communicate(timeout=60)
-    assert running.returncode != 0 and err.rstrip().endswith("KeyboardInterrupt")
+    if number == signal.SIGTERM:
+        assert running.returncode == 143 and not err
+    else:
+        assert running.returncode != 0 and err.rstrip().endswith("KeyboardInterrupt")
     last = max(row["step"] for row in rows(folder))
     newest = Checkpoints(folder / "checkpoints").latest()
     assert newest.name == f"step-{last:08d}" and last < 12
@@ -235,6 +239,19 @@ def test_ctrl_c_while_a_step_is_booked(tmp_path, whole):
         chosen.folder.log.close()
         fakes.loop(folder, held=fakes.held()).run()
         assert same(folder, whole), name
+
+
+def test_handlers_of_the_program_stay():
+    own = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with terminable():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, own)
+    with pytest.raises(SystemExit), terminable(), uninterrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is own
 
 
 def test_what_must_not_be_split():

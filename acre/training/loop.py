@@ -2,7 +2,7 @@
 
 Takes a trainer, a stream of examples, settings and a group of processes; leaves the
 trainer trained and the folder of rank 0 written. One idea: a run's whole state is that
-of its last completed step, and changes in one place that Ctrl-C cannot split, so what
+of its last completed step, and changes in one place that no stop can split, so what
 is saved at any moment is a step's end and a resumed run repeats the same numbers.
 Refuses, with what it was and where, losses and gradients that are not finite.
 
@@ -12,12 +12,9 @@ on every round's sums, so that all of them stop at the same one.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +26,7 @@ from acre.training.log import Log, Row
 from acre.training.parallel import Alone, Group
 from acre.training.schedule import learning_rate
 from acre.training.settings import Settings
+from acre.training.stops import terminable, uninterrupted
 
 if TYPE_CHECKING:
     from acre.training.examples import Example
@@ -50,26 +48,6 @@ class Trainer(Learner, Protocol):
     def accumulate(self, ids: Any, **arguments: Any) -> dict[str, float]: ...
     def update(self, **arguments: Any) -> float: ...
     def clear(self) -> None: ...
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C in this block takes effect at its end. (Only the main thread is ever
-    interrupted, so elsewhere there is nothing to hold back.)"""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(
-        before
-    ):
-        yield
-        return
-    came: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        before(*came[0])
 
 
 @dataclass
@@ -152,11 +130,12 @@ class Loop:
     def run(self) -> State:
         """Trains to the last step, or to the end of the data.
 
-        KeyboardInterrupt, or an error of the group, comes after the last completed step
-        was saved. FloatingPointError, OSError: the checkpoints before are untouched.
+        KeyboardInterrupt, SystemExit on SIGTERM, or an error of the group comes after
+        the last completed step was saved. FloatingPointError, OSError: the checkpoints
+        before are untouched.
         """
         self._resume()
-        with self._bar() as bar:
+        with terminable(), self._bar() as bar:
             try:
                 self._evaluate()  # a stop may have come just before it
                 while self.state.step < self.settings.steps and self._step(bar):
@@ -164,7 +143,7 @@ class Loop:
                     if self.state.step % self.save_every == 0:
                         self.save()
                 self.save()
-            except (KeyboardInterrupt, ConnectionError, TimeoutError):
+            except (KeyboardInterrupt, SystemExit, ConnectionError, TimeoutError):
                 self.trainer.clear()
                 self.save()
                 raise
