@@ -24,6 +24,7 @@ NUMBERS: dict[str, tuple[Any, Any, str]] = {  # option: type, default, help
     "stride": (int, 2048, ""),
     "carry": (int, 0, ""),
     "questions": (int, 16, "that are asked of one context at most"),
+    "context-weight": (float, 0.0, "of a token of a context, beside 1 of an answer's"),
     "evidence-weight": (float, 0.0, "tokens that the evidence term counts for"),
     "passes": (int, None, "over the files; default 1 in stage 1, 2 in stage 2"),
     "seed": (int, 0, ""),

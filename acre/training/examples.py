@@ -9,6 +9,7 @@ contexts that fit neither the length nor the model's positions.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from acre.chat import Frame
 from acre.generate import integer
 from acre.model import Model, check_ids
 from acre.training.forms import Question, Record
+from acre.training.settings import number
 
 INTERVALS = (8, 16, 32, 64, 128)
 Skip = Callable[[str, str], None]  # takes the reason and what was found
@@ -36,8 +38,9 @@ class Shape:
 
     length: context tokens, or the (least, most) that a length is drawn from. window,
     stride, carry: as `Model.build` takes them. intervals: what l of a window is drawn
-    from. questions: the most that are asked of one context. ValueError, TypeError
-    naming the argument.
+    from. questions: the most that are asked of one context. context_weight: of the loss
+    of each token of a context that is asked about, beside 1 of an answer's. ValueError,
+    TypeError naming the argument.
     """
 
     length: int | tuple[int, int]
@@ -46,12 +49,14 @@ class Shape:
     carry: int = 0
     intervals: tuple[int, ...] = INTERVALS
     questions: int = 16
+    context_weight: float = 0.0
 
     def __post_init__(self) -> None:
         integer("window", self.window, 1)
         integer("stride", self.stride, 1)
         integer("carry", self.carry, 0)
         integer("questions", self.questions, 1)
+        number("context_weight", self.context_weight, math.inf)
         if not self.intervals:
             raise ValueError("intervals: got none")
         for interval in self.intervals:
@@ -160,7 +165,7 @@ class Maker:
         return {
             "shape": [
                 list(shape.range), shape.window, shape.stride, shape.carry,
-                list(shape.intervals), shape.questions,
+                list(shape.intervals), shape.questions, shape.context_weight,
             ],
             "require_answer": self._require_answer,
             "frame": self.frame.fingerprint,
@@ -222,7 +227,7 @@ class Maker:
         intervals = self._intervals(len(ids), longest, rng, skip)
         if intervals is None:
             return None
-        weights = np.zeros(len(ids), dtype=np.float32)
+        weights = np.full(len(ids), self.shape.context_weight, dtype=np.float32)
         return self._example(ids, weights, asked, intervals)
 
     # ---------------------------------------------------------------------------- parts

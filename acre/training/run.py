@@ -75,6 +75,7 @@ def train(
     carry: int = 0,
     intervals: Sequence[int] = INTERVALS,
     questions: int = 16,
+    context_weight: float = 0.0,
     evidence_weight: float = 0.0,
     evidence_heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
@@ -101,11 +102,13 @@ def train(
     to a tenth. batch_tokens: least tokens of an update, of all processes together.
     clip: greatest norm of a gradient, 0 = any. length: tokens of an example, or (least,
     most). window, stride, carry: as `Model.build`. intervals: what l of each window is
-    drawn from. questions: the most that are asked of one context. evidence_weight: the
+    drawn from. questions: the most that are asked of one context.
+    context_weight: what a token of that context counts in the loss, where an answer's
+    counts 1; above 0, the entries keep what stage 1 taught them. evidence_weight: the
     term that rewards attention to a question's known evidence counts like so many
     tokens; evidence_heads: the (layer, head) pairs that it trains and that then score
     questions, None = the last layer's. passes: over the files; None = 1 in stage 1, 2
-    in stage 2. length ... questions and passes are a given stream's own affair.
+    in stage 2. length ... context_weight and passes are a given stream's own affair.
 
     save_every: steps between checkpoints, of which the last `keep` stay. held_out: data
     whose loss is measured every `evaluate_every` steps, on its first examples. resume:
@@ -131,7 +134,7 @@ def train(
     scoring = _scoring(opened, settings)
     shape = {"window": window, "stride": stride, "carry": carry}
     shape |= {"length": length, "intervals": tuple(intervals), "seed": seed}
-    shape["questions"] = questions
+    shape |= {"questions": questions, "context_weight": context_weight}
     shape["passes"] = PASSES[stage] if passes is None else passes
     peers = join() if group is None else group
     try:

@@ -49,11 +49,11 @@ class Settings:
         integer("batch_tokens", self.batch_tokens, 1)
         integer("warmup", self.warmup, 0, self.steps)
         integer("seed", self.seed, 0)
-        _number("lr", self.lr, math.inf, above=0.0)
+        number("lr", self.lr, math.inf, above=0.0)
         for name in ("clip", "weight_decay", "evidence_weight"):
-            _number(name, getattr(self, name), math.inf)
+            number(name, getattr(self, name), math.inf)
         for name in ("beta1", "beta2"):
-            _number(name, getattr(self, name), 1.0)
+            number(name, getattr(self, name), 1.0)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -61,7 +61,7 @@ class Settings:
         return {**asdict(self), "heads": pairs}
 
 
-def _number(name: str, value: Any, below: float, above: float | None = None) -> None:
+def number(name: str, value: Any, below: float, above: float | None = None) -> None:
     """TypeError, or ValueError unless 0 <= value < below (and value > above)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
