@@ -1,5 +1,6 @@
 /* The CUDA backend's table, and how a device is opened or refused. */
 #include "gemm.h"
+#include "sm80/sm80.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -62,10 +63,15 @@ void destroy(acre_backend *base) {
   leave(owner);
 }
 
-/* What every chip can do; a kernel for some chips takes the place of one of these here, once,
- * by the chip's capability. */
+/* What every chip can do; kernels for some chips take the places of these here, once, by the
+ * chip's capability. */
+void choose_for(acre_backend_ops *ops, const limits &chip) {
+  if (chip.major >= 8) {
+    ops->attend = acre_sm80_attend;
+  }
+}
+
 acre_backend_ops operations_for(const limits &chip) {
-  (void)chip;
   acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
@@ -106,6 +112,7 @@ acre_backend_ops operations_for(const limits &chip) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
+  choose_for(&ops, chip);
   return ops;
 }
 

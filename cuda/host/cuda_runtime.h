@@ -118,6 +118,14 @@ unsigned char *acre_host_shared(void);
 void acre_host_barrier(void);
 /* What lane `source` of this warp gives, once all lanes of `mask` came here. */
 uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind);
+/* What a whole warp does at once: `act`, for the parts of all its lanes. */
+typedef void (*acre_host_lanes)(void *const *parts);
+void acre_host_together(acre_host_lanes act, void *part);
+/* `bytes` bytes and zeros up to `room`, at the thread's wait for the group that it is of; a
+ * group ends at a commit, and a wait leaves the latest `under_way` groups under way. */
+void acre_host_copy(void *to, const void *from, size_t bytes, size_t room);
+void acre_host_commit(void);
+void acre_host_wait(int under_way);
 }
 
 #define threadIdx (acre_host_current()->index)
@@ -146,6 +154,12 @@ static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 template <class T>
 static inline T __shfl_sync(unsigned mask, T value, int source) {
   return acre_host_shuffle(mask, value, source % 32, 3);
+}
+
+static inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 template <class T>

@@ -3,7 +3,8 @@
  * A fiber runs until it reaches a barrier or a shuffle, so between two of them a thread sees
  * either all or nothing of what another did; both blocks and threads are taken in an order
  * that changes from block to block, so that a barrier that is missing shows as a wrong
- * result. Shared memory is full of NaN before each block, and allocated to the byte, so that
+ * result. An asynchronous copy leaves NaN where it goes to and arrives when its thread waits
+ * for it, no sooner. Shared memory is full of NaN before each block, and allocated to the byte, so that
  * AddressSanitizer sees what lies beyond. Where no thread can go on, the launch fails and
  * says who waits for what; nothing hangs. */
 #include "cuda_runtime.h"
@@ -15,12 +16,20 @@
 
 namespace {
 
-enum { THREADS_MOST = 1024, LANES = 32, KINDS = 4 };
+enum { THREADS_MOST = 1024, LANES = 32, KINDS = 5, COPIES_MOST = 512 };
 enum wait { READY, AT_BARRIER, AT_EXCHANGE, ENDED };
 
 const char *const KIND[KINDS] = {"a barrier", "__syncwarp", "__shfl_xor_sync",
-                                 "__shfl_sync"};
+                                 "__shfl_sync", "a matrix instruction"};
 const size_t SHARED_MOST = 99 * 1024; /* the least of the chips that are supported */
+
+/* An asynchronous copy under way, of the group-th group of its thread. */
+struct async_copy {
+  void *to;
+  const void *from;
+  size_t bytes, room;
+  int64_t group;
+};
 
 struct thread {
   acre_host_thread place;
@@ -29,6 +38,11 @@ struct thread {
   unsigned mask; /* of an exchange */
   uint32_t value;
   int source, kind;
+  acre_host_lanes act; /* of a matrix instruction, and this lane's part of it */
+  void *part;
+  async_copy *copies; /* [COPIES_MOST], from the oldest on */
+  int copy_count;
+  int64_t groups; /* that were committed */
 };
 
 struct machine {
@@ -81,6 +95,7 @@ void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
     dim3 index(n % block.x, n / block.x % block.y, n / block.x / block.y);
     t->place = {index, at, block, grid};
     t->state = READY;
+    t->copy_count = 0, t->groups = 0;
     acre_fiber_begin(&t->fiber, thread_main);
   }
   shuffle(m);
@@ -168,6 +183,23 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
   return right ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+/* Whether all lanes of the mask are here for the same thing, this thread the last of them;
+ * else returns when that one has done it. */
+bool last_to_come(machine *m, thread *self, unsigned mask, int kind, acre_host_lanes act) {
+  int warp = (int)(self - m->threads) / LANES * LANES;
+  self->state = AT_EXCHANGE;
+  self->mask = mask, self->kind = kind, self->act = act;
+  bool all = mask >> (self - m->threads - warp) & 1;
+  for (int lane = 0; all && lane < LANES; lane++) {
+    if (!(mask >> lane & 1)) continue;
+    const thread *t = &m->threads[warp + lane];
+    all = warp + lane < m->count && t->state == AT_EXCHANGE && t->mask == mask &&
+          t->kind == kind && t->act == act;
+  }
+  if (!all) yield();
+  return all;
+}
+
 }  // namespace
 
 extern "C" {
@@ -187,20 +219,9 @@ void acre_host_barrier(void) {
 uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind) {
   machine *m = &here;
   thread *self = m->current;
+  self->value = value, self->source = source;
+  if (!last_to_come(m, self, mask, kind, NULL)) return self->value;
   int warp = (int)(self - m->threads) / LANES * LANES;
-  self->state = AT_EXCHANGE;
-  self->mask = mask, self->value = value, self->source = source, self->kind = kind;
-  bool all = mask >> (self - m->threads - warp) & 1; /* of the mask, for the same thing */
-  for (int lane = 0; all && lane < LANES; lane++) {
-    if (!(mask >> lane & 1)) continue;
-    const thread *t = &m->threads[warp + lane];
-    all = warp + lane < m->count && t->state == AT_EXCHANGE && t->mask == mask &&
-          t->kind == kind;
-  }
-  if (!all) {
-    yield();
-    return self->value;
-  }
   uint32_t given[LANES];
   for (int lane = 0; lane < LANES; lane++)
     if (mask >> lane & 1) given[lane] = m->threads[warp + lane].value;
@@ -211,6 +232,46 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
     if (mask >> t->source & 1) t->value = given[t->source];
   }
   return self->value;
+}
+
+void acre_host_together(acre_host_lanes act, void *part) {
+  machine *m = &here;
+  thread *self = m->current;
+  self->part = part;
+  if (!last_to_come(m, self, ~0u, KINDS - 1, act)) return;
+  int warp = (int)(self - m->threads) / LANES * LANES;
+  void *parts[LANES];
+  for (int lane = 0; lane < LANES; lane++) {
+    parts[lane] = m->threads[warp + lane].part;
+    m->threads[warp + lane].state = READY;
+  }
+  act(parts);
+}
+
+void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
+  thread *self = here.current;
+  if (!self->copies)
+    self->copies = (async_copy *)calloc(COPIES_MOST, sizeof *self->copies);
+  if (!self->copies || self->copy_count == COPIES_MOST) abort();
+  memset(to, 0xff, room); /* NaN */
+  self->copies[self->copy_count++] = {to, from, bytes, room, self->groups};
+}
+
+void acre_host_commit(void) { here.current->groups++; }
+
+void acre_host_wait(int under_way) {
+  thread *self = here.current;
+  int left = 0;
+  for (int i = 0; i < self->copy_count; i++) {
+    async_copy copy = self->copies[i];
+    if (copy.group >= self->groups - under_way) {
+      self->copies[left++] = copy;
+      continue;
+    }
+    memset(copy.to, 0, copy.room);
+    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+  }
+  self->copy_count = left;
 }
 
 cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
