@@ -16,7 +16,7 @@ namespace {
 template <int D>
 struct attend_plan {
   static constexpr int M = D <= 128 ? 2 : 1;      /* fragments of items of a warp */
-  static constexpr int STEP = D <= 96 ? 64 : 32;  /* keys of a tile */
+  static constexpr int STEP = D <= 64 ? 64 : 32;  /* keys of a tile */
   static constexpr int ROWS = M * FRAGMENT;       /* items of a warp */
   static constexpr int BLOCK = ROWS * MMA_WARPS;  /* and of a block */
   static constexpr int STAGES_AT = BLOCK * D, TILE_SIZE = STEP * D;
@@ -30,9 +30,8 @@ struct attend_place {
   using plan = attend_plan<D>;
   int kv, item, count; /* of the block */
   int first;           /* item of the warp, within the block */
-  int64_t end, tiles;  /* own keys that the block sees, and tiles that it meets */
-  int64_t low;         /* own keys that all of the warp's rows see */
-  int64_t high;        /* ... that some do */
+  int end, tiles;      /* own keys that the block sees, and tiles that it meets */
+  int low, high;       /* own keys that all of the warp's rows see, that some do */
 
   __device__ attend_place(const attend_call &a, int64_t b) {
     int64_t parts = a.blocks / a.kv_heads;
@@ -50,7 +49,7 @@ struct attend_place {
 
 template <int D>
 __device__ __forceinline__ void load_stage(const attend_call &a, const attend_place<D> &at,
-                                           int64_t index, bf16 *memory) {
+                                           int index, bf16 *memory) {
   using plan = attend_plan<D>;
   if (index < at.tiles) {
     key_tile tile(a.seen_keys, at.kv, index, plan::STEP, at.end);
@@ -75,8 +74,8 @@ __device__ __forceinline__ void mask_edge(product<M, N> &s, const attend_call &a
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       int own = min(at.first + row_of(m, 2 * r), at.count - 1);
-      int64_t sees = a.seen + a.map.row(at.kv, at.item + own) + 1 - tile.first;
-      limit[m][r] = tile.own ? (int)min((int64_t)tile.count, sees) : tile.count;
+      int sees = a.seen + a.map.row(at.kv, at.item + own) + 1 - tile.first;
+      limit[m][r] = tile.own ? min(tile.count, sees) : tile.count;
     }
   mask_logits<M, N>(s, limit);
 }
@@ -96,10 +95,11 @@ __device__ __forceinline__ void write_items(const attend_call &a, const attend_p
       int head = a.map.head(at.kv, at.item + own);
       if (a.lse && threadIdx.x % 4 == 0)
         a.lse[row * a.heads + head] = now.origin[m][r] + log2f(sum);
+      float by = 1.0f / sum;
       bf16 *out = a.out + row * a.out_stride + (int64_t)head * D;
 #pragma unroll
       for (int n = 0; n < D / COLUMNS; n++) {
-        uint32_t pair = pair_of(o[m][n][2 * r] / sum, o[m][n][2 * r + 1] / sum);
+        uint32_t pair = pair_of(o[m][n][2 * r] * by, o[m][n][2 * r + 1] * by);
         if (a.out_pairs)
           *(uint32_t *)(out + column_of(n, 0)) = pair;
         else
@@ -121,21 +121,22 @@ __global__ __launch_bounds__(MMA_THREADS) void attend_kernel(attend_call a) {
     softmax_rows<M> now;
     load_stage(a, at, 0, memory);
     load_queries<D, plan::BLOCK, MMA_THREADS>(memory, a, at.kv, at.item, at.count);
-    for (int64_t index = 0; index < at.tiles; index++) {
+    for (int index = 0; index < at.tiles; index++) {
       load_stage(a, at, index + 1, memory);
       copies_wait<1>();
       __syncthreads();
       key_tile tile(a.seen_keys, at.kv, index, STEP, at.end);
       if (at.first < at.count && !(tile.own && tile.first >= at.high)) {
         const bf16 *stage = memory + plan::STAGES_AT + (index % 2) * 2 * plan::TILE_SIZE;
+        int lane = lane_anew();
         product<M, STEP> s = {};
         packed<M, STEP> w;
-        add_dots<D, M, STEP>(s, memory, at.first, stage);
+        add_dots<D, M, STEP>(s, memory, at.first, stage, lane);
         scale_logits<M, STEP>(s, a.scale, tile.bias, tile.count);
         if (tile.count < STEP || (tile.own && tile.first + STEP > at.low))
           mask_edge<D, M, STEP>(s, a, at, tile);
         weigh<M, STEP, D>(w, s, now, o);
-        add_weighted<D, M, STEP, D>(o, w, stage + plan::TILE_SIZE, 0);
+        add_weighted<D, M, STEP, D>(o, w, stage + plan::TILE_SIZE, 0, lane);
       }
       __syncthreads();
     }
@@ -161,7 +162,7 @@ void acre_sm80_attend(acre_queue *queue, void *out, int64_t out_stride, float *l
     a.heads = (int)heads->heads, a.kv_heads = (int)heads->kv_heads;
     a.scale = (float)((double)LOG2E / sqrt((double)D));
     a.map = item_map{(int)rows, a.heads / a.kv_heads, NULL, NULL};
-    a.seen = seen, a.runs = 1;
+    a.seen = (int)seen, a.runs = 1;
     a.seen_keys.kv_heads = a.kv_heads, a.seen_keys.d = D, a.seen_keys.wide = true;
     if (split && rows == 1) return decode(queue, &a, prefix, *own);
     if (prefix) a.seen_keys.set(0, *prefix, prefix->count, plan::STEP);

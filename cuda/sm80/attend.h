@@ -31,18 +31,19 @@ bool for_head_dim(int64_t d, F call) {
 
 /* ------------------------------------------------------------------ keys */
 
-/* Both segments of keys, cut into tiles of `step`. */
+/* Both segments of keys, cut into tiles of `step`. Keys are counted in 32 bits: 2^31 of them
+ * fit no device. */
 struct segments {
   const bf16 *keys[2], *values[2]; /* prefix, own */
   const float *bias[2];            /* nullable */
-  int64_t count[2], tiles[2];
+  int count[2], tiles[2];
   int kv_heads, d;
   bool wide; /* sixteen bytes at a time */
 
   void set(int segment, const acre_keys &from, int64_t n, int step) {
     keys[segment] = (const bf16 *)from.rotated, values[segment] = (const bf16 *)from.values;
     bias[segment] = from.bias;
-    count[segment] = n, tiles[segment] = acre_ceil_div(n, step);
+    count[segment] = (int)n, tiles[segment] = (int)acre_ceil_div(n, step);
     wide = wide && (n == 0 || (aligned(from.rotated, 0) && aligned(from.values, 0)));
   }
 };
@@ -50,15 +51,14 @@ struct segments {
 struct key_tile {
   const bf16 *keys, *values; /* of the KV head */
   const float *bias;
-  int64_t first;
-  int own, count;
+  int first, own, count;
 
   /* The `index`-th tile; own keys from `end` on are not seen. */
-  __device__ key_tile(const segments &s, int kv, int64_t index, int step, int64_t end) {
+  __device__ key_tile(const segments &s, int kv, int index, int step, int end) {
     own = index >= s.tiles[0];
     first = (own ? index - s.tiles[0] : index) * step;
-    count = (int)min((int64_t)step, (own ? end : s.count[0]) - first);
-    int64_t at = (first * s.kv_heads + kv) * s.d;
+    count = min(step, (own ? end : s.count[0]) - first);
+    int64_t at = ((int64_t)first * s.kv_heads + kv) * s.d;
     keys = s.keys[own] + at, values = s.values[own] + at;
     bias = s.bias[own] ? s.bias[own] + first : NULL;
   }
@@ -73,9 +73,9 @@ struct attend_call {
   const float *q;
   int64_t q_stride;
   segments seen_keys;
-  int64_t seen, blocks, runs;
+  int64_t blocks;
   item_map map;
-  int heads, kv_heads;
+  int seen, runs, heads, kv_heads;
   bool wide, out_pairs; /* queries by sixteen bytes, output by four */
   float scale;
   float *partial; /* [runs][heads][d + 2], where there are several runs */
@@ -86,6 +86,7 @@ template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_queries(bf16 *tile, const attend_call &a, int kv,
                                              int item, int count) {
   constexpr int PIECES = D / PIECE;
+#pragma unroll 1
   for (int i = (int)threadIdx.x; i < ROWS * PIECES; i += THREADS) {
     int own = i / PIECES, column = i % PIECES * PIECE;
     float x[PIECE] = {0.0f};

@@ -30,7 +30,7 @@ struct decode_plan {
 
 /* A warp's part of the `index`-th tile. */
 template <int D>
-__device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int64_t index) {
+__device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int index) {
   using plan = decode_plan<D>;
   key_tile tile(a.seen_keys, kv, index, plan::STEP, a.seen_keys.count[1]);
   int skip = (int)threadIdx.x / WARP * KEYS;
@@ -44,8 +44,8 @@ __device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int64_
 }
 
 template <int D>
-__device__ __forceinline__ void load_part(const attend_call &a, int kv, int64_t index,
-                                          int64_t end, bf16 *stages) {
+__device__ __forceinline__ void load_part(const attend_call &a, int kv, int index,
+                                          int end, bf16 *stages) {
   if (index < end) {
     key_tile tile = part_of<D>(a, kv, index);
     bf16 *to = stages + (index % 2) * 2 * decode_plan<D>::TILE_SIZE;
@@ -78,11 +78,11 @@ __device__ __forceinline__ void leave_results(const softmax_rows<1> &now,
 /* `count` results, each `step` after the other, as one, for number c of D: 0 to D - 1 of the
  * output, D of the origin, D + 1 of the sum. left: {origin, sum} of the first. */
 __device__ __forceinline__ float join(const float *left, int64_t left_step, const float *o,
-                                      int64_t o_step, int64_t count, float *origin,
+                                      int64_t o_step, int count, float *origin,
                                       float *sum) {
   float highest = -INFINITY, all = 0.0f, weights = 0.0f;
-  for (int64_t i = 0; i < count; i++) highest = fmaxf(highest, left[i * left_step]);
-  for (int64_t i = 0; i < count; i++) {
+  for (int i = 0; i < count; i++) highest = fmaxf(highest, left[i * left_step]);
+  for (int i = 0; i < count; i++) {
     float by = rescale(left[i * left_step], highest);
     weights += left[i * left_step + 1] * by;
     all += o[i * o_step] * by;
@@ -94,7 +94,7 @@ __device__ __forceinline__ float join(const float *left, int64_t left_step, cons
 /* The joined result of a block's warps: to `out`, or of several runs to `partial`. */
 template <int D>
 __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item, int count,
-                                          int64_t run, const float *rows,
+                                          int run, const float *rows,
                                           const float *outputs) {
   using plan = decode_plan<D>;
   constexpr int EACH = plan::WARP_SIZE / 2; /* floats of a warp */
@@ -104,7 +104,7 @@ __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item
     float o = join(rows + 2 * own, 2 * FRAGMENT, outputs + i, EACH, plan::WARPS_USED,
                    &origin, &sum);
     if (a.partial) {
-      float *to = a.partial + (run * a.heads + head) * (D + 2);
+      float *to = a.partial + ((int64_t)run * a.heads + head) * (D + 2);
       to[c] = o;
       if (c == 0) to[D] = origin, to[D + 1] = sum;
     } else {
@@ -122,17 +122,17 @@ __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(attend_
   bf16 *stages = memory + plan::STAGES_AT + warp * plan::WARP_SIZE;
   float *rows = (float *)(memory + plan::ROWS_AT);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
-    int64_t run = b / a.kv_heads % a.runs;
+    int run = (int)(b / a.kv_heads % a.runs);
     int kv = (int)(b % a.kv_heads), item = (int)(b / a.kv_heads / a.runs) * FRAGMENT;
     int count = min(FRAGMENT, a.map.count(kv) - item);
     int64_t tiles = a.seen_keys.tiles[0] + a.seen_keys.tiles[1];
-    int64_t first = run * tiles / a.runs, end = (run + 1) * tiles / a.runs;
+    int first = (int)(run * tiles / a.runs), end = (int)((run + 1) * tiles / a.runs);
     product<1, D> o = {};
     softmax_rows<1> now;
     load_part<D>(a, kv, first, end, stages);
     load_queries<D, FRAGMENT, plan::THREADS>(memory, a, kv, item, count);
     __syncthreads();
-    for (int64_t index = first; index < end; index++) {
+    for (int index = first; index < end; index++) {
       load_part<D>(a, kv, index + 1, end, stages);
       copies_wait<1>();
       __syncwarp();
@@ -140,13 +140,14 @@ __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(attend_
       if (tile.count > 0) {
         const bf16 *stage = stages + (index % 2) * 2 * plan::TILE_SIZE;
         const int limit[1][2] = {{tile.count, tile.count}};
+        int lane = lane_anew();
         product<1, KEYS> s = {};
         packed<1, KEYS> w;
-        add_dots<D, 1, KEYS>(s, memory, 0, stage);
+        add_dots<D, 1, KEYS>(s, memory, 0, stage, lane);
         scale_logits<1, KEYS>(s, a.scale, tile.bias, tile.count);
         if (tile.count < KEYS) mask_logits<1, KEYS>(s, limit);
         weigh<1, KEYS, D>(w, s, now, o);
-        add_weighted<D, 1, KEYS, D>(o, w, stage + plan::TILE_SIZE, 0);
+        add_weighted<D, 1, KEYS, D>(o, w, stage + plan::TILE_SIZE, 0, lane);
       }
       __syncwarp();
     }
@@ -173,11 +174,11 @@ __global__ void join_kernel(attend_call a) {
 }
 
 /* As many runs as keep the chip busy, as far as there are tiles and workspace. */
-int64_t runs_of(const acre_queue *queue, const attend_call &a, int64_t blocks, int64_t bytes) {
+int runs_of(const acre_queue *queue, const attend_call &a, int64_t blocks, int64_t bytes) {
   int64_t wanted = acre_ceil_div(DECODE_BLOCKS * queue->owner->chip.processors, blocks);
   int64_t tiles = a.seen_keys.tiles[0] + a.seen_keys.tiles[1];
   int64_t room = (int64_t)workspace_room(queue) / bytes;
-  return acre_max(acre_min(acre_min(wanted, tiles), room), 1);
+  return (int)acre_max(acre_min(acre_min(wanted, tiles), room), 1);
 }
 
 }  // namespace

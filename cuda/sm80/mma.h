@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_turned(uint32_t (&to)[4], const bf16 *row) 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
 #ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
       "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -139,6 +139,7 @@ template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t step,
                                           int count, int thread, bool wide) {
   constexpr int PIECES = D / PIECE;
+#pragma unroll 1
   for (int i = thread; i < ROWS * PIECES; i += THREADS) {
     int row = i / PIECES, column = i % PIECES * PIECE;
     bool there = row < count;
@@ -152,11 +153,20 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t 
   }
 }
 
+/* This thread's lane, of which the compiler knows nothing: what follows from it is made anew,
+ * not kept in registers from one turn of a loop to the next. */
+__device__ __forceinline__ int lane_anew(void) {
+  int lane = (int)threadIdx.x % WARP;
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(lane));
+#endif
+  return lane;
+}
+
 /* Rows [row, row + 16), columns [column, column + 16) of a tile as fragment a. */
 template <int D>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const bf16 *tile, int row,
-                                       int column) {
-  int lane = (int)threadIdx.x % WARP;
+                                       int column, int lane) {
   load_matrices(a, tile + tile_at<D>(row + lane % 16, column + lane / 16 * PIECE));
 }
 
@@ -164,8 +174,7 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const bf16 *tile, int r
  * columns [column, column + 16): b[0], b[1] of the first eight, b[2], b[3] of the rest. */
 template <int D>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], const bf16 *tile, int row,
-                                       int column) {
-  int lane = (int)threadIdx.x % WARP;
+                                       int column, int lane) {
   load_matrices(b, tile + tile_at<D>(row + lane / 16 * PIECE + lane % PIECE,
                                      column + lane / PIECE % 2 * PIECE));
 }
@@ -173,8 +182,7 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const bf16 *tile, int r
 /* The same with depth along rows and columns along columns. */
 template <int D>
 __device__ __forceinline__ void load_b_turned(uint32_t (&b)[4], const bf16 *tile, int row,
-                                              int column) {
-  int lane = (int)threadIdx.x % WARP;
+                                              int column, int lane) {
   load_turned(b, tile + tile_at<D>(row + lane % 16, column + lane / 16 * PIECE));
 }
 
@@ -196,15 +204,15 @@ __device__ __forceinline__ int row_of(int m, int i) {
 /* s += rows of tile `a` from `row` on . rows [0, N) of tile `b`. */
 template <int D, int M, int N>
 __device__ __forceinline__ void add_dots(product<M, N> &s, const bf16 *a, int row,
-                                         const bf16 *b) {
+                                         const bf16 *b, int lane) {
 #pragma unroll
   for (int x = 0; x < D; x += FRAGMENT) {
     uint32_t left[M][4], right[4];
 #pragma unroll
-    for (int m = 0; m < M; m++) load_a<D>(left[m], a, row + m * FRAGMENT, x);
+    for (int m = 0; m < M; m++) load_a<D>(left[m], a, row + m * FRAGMENT, x, lane);
 #pragma unroll
     for (int n = 0; n < N / COLUMNS; n += 2) {
-      load_b<D>(right, b, n * COLUMNS, x);
+      load_b<D>(right, b, n * COLUMNS, x, lane);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         multiply(s[m][n], left[m], right[0], right[1]);
@@ -217,13 +225,13 @@ __device__ __forceinline__ void add_dots(product<M, N> &s, const bf16 *a, int ro
 /* o += w [.., K] . columns [column, column + N) of rows [0, K) of tile `b`. */
 template <int D, int M, int K, int N>
 __device__ __forceinline__ void add_weighted(product<M, N> &o, const packed<M, K> &w,
-                                             const bf16 *b, int column) {
+                                             const bf16 *b, int column, int lane) {
 #pragma unroll
   for (int k = 0; k < K / COLUMNS; k += 2) {
 #pragma unroll
     for (int n = 0; n < N / COLUMNS; n += 2) {
       uint32_t right[4];
-      load_b_turned<D>(right, b, k * COLUMNS, column + n * COLUMNS);
+      load_b_turned<D>(right, b, k * COLUMNS, column + n * COLUMNS, lane);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         const uint32_t left[4] = {w[m][k][0], w[m][k][1], w[m][k + 1][0], w[m][k + 1][1]};
