@@ -68,6 +68,7 @@ void destroy(acre_backend *base) {
 void choose_for(acre_backend_ops *ops, const limits &chip) {
   if (chip.major >= 8) {
     ops->attend = acre_sm80_attend;
+    ops->attend_back = acre_sm80_attend_back;
   }
 }
 

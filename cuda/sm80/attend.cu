@@ -19,6 +19,7 @@ struct attend_plan {
   static constexpr int STEP = D <= 64 ? 64 : 32;  /* keys of a tile */
   static constexpr int ROWS = M * FRAGMENT;       /* items of a warp */
   static constexpr int BLOCK = ROWS * MMA_WARPS;  /* and of a block */
+  static constexpr int BLOCKS = D <= 128 ? 2 : 1; /* of a multiprocessor: as memory allows */
   static constexpr int STAGES_AT = BLOCK * D, TILE_SIZE = STEP * D;
   static constexpr size_t BYTES = (STAGES_AT + 4 * TILE_SIZE) * sizeof(bf16);
   static_assert(BYTES <= SHARED_MOST, "fits every chip");
@@ -111,7 +112,7 @@ __device__ __forceinline__ void write_items(const attend_call &a, const attend_p
 }
 
 template <int D>
-__global__ __launch_bounds__(MMA_THREADS) void attend_kernel(attend_call a) {
+__global__ __launch_bounds__(MMA_THREADS, attend_plan<D>::BLOCKS) void attend_kernel(attend_call a) {
   using plan = attend_plan<D>;
   constexpr int M = plan::M, STEP = plan::STEP;
   bf16 *memory = (bf16 *)acre_shared();

@@ -133,6 +133,16 @@ __device__ __forceinline__ int tile_at(int row, int column) {
   return row * D + ((column / PIECE ^ row / (PIECE / SWAPS) % SWAPS) * PIECE);
 }
 
+/* A piece of a tile, or zeros. */
+__device__ __forceinline__ void copy_piece(bf16 *to, const bf16 *from, bool there,
+                                           bool wide) {
+  if (wide) {
+    copy_async(to, from, there);
+  } else {
+    for (int j = 0; j < PIECE; j++) to[j] = there ? from[j] : narrow<bf16>(0.0f);
+  }
+}
+
 /* Rows of a tile from `from` on, `step` apart, the first `count` of ROWS; zeros beyond. By
  * `threads` threads of which this is number `thread`. */
 template <int D, int ROWS, int THREADS>
@@ -143,13 +153,8 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t 
   for (int i = thread; i < ROWS * PIECES; i += THREADS) {
     int row = i / PIECES, column = i % PIECES * PIECE;
     bool there = row < count;
-    const bf16 *source = from + (there ? row * step + column : 0);
-    bf16 *to = tile + tile_at<D>(row, column);
-    if (wide) {
-      copy_async(to, source, there);
-    } else {
-      for (int j = 0; j < PIECE; j++) to[j] = there ? source[j] : narrow<bf16>(0.0f);
-    }
+    copy_piece(tile + tile_at<D>(row, column), from + (there ? row * step + column : 0),
+               there, wide);
   }
 }
 
