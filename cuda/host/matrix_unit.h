@@ -59,7 +59,8 @@ static inline void acre_host_multiply(void *const *parts) {
     const acre_host_mma *part = (const acre_host_mma *)parts[lane];
     int r = lane / 4, k = lane % 4 * 2;
     for (int i = 0; i < 8; i++)
-      a[r + 8 * (i / 2 % 2)][k + 8 * (i / 4) + i % 2] = acre_host_half(part->a[i / 2], i % 2);
+      a[r + 8 * (i / 2 % 2)][k + 8 * (i / 4) + i % 2] =
+          acre_host_half(part->a[i / 2], i % 2);
     for (int i = 0; i < 4; i++)
       b[r][k + 8 * (i / 2) + i % 2] = acre_host_half(part->b[i / 2], i % 2);
   }

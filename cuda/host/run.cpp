@@ -250,8 +250,7 @@ void acre_host_together(acre_host_lanes act, void *part) {
 
 void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
   thread *self = here.current;
-  if (!self->copies)
-    self->copies = (async_copy *)calloc(COPIES_MOST, sizeof *self->copies);
+  if (!self->copies) self->copies = (async_copy *)calloc(COPIES_MOST, sizeof *self->copies);
   if (!self->copies || self->copy_count == COPIES_MOST) abort();
   memset(to, 0xff, room); /* NaN */
   self->copies[self->copy_count++] = {to, from, bytes, room, self->groups};

@@ -15,11 +15,12 @@ namespace {
 /* Of shared memory, in numbers: the items, then two stages of keys and values. */
 template <int D>
 struct attend_plan {
-  static constexpr int M = D <= 128 ? 2 : 1;      /* fragments of items of a warp */
-  static constexpr int STEP = D <= 64 ? 64 : 32;  /* keys of a tile */
-  static constexpr int ROWS = M * FRAGMENT;       /* items of a warp */
-  static constexpr int BLOCK = ROWS * MMA_WARPS;  /* and of a block */
-  static constexpr int BLOCKS = D <= 128 ? 2 : 1; /* of a multiprocessor: as memory allows */
+  static constexpr int M = D <= 128 ? 2 : 1;     /* fragments of items of a warp */
+  static constexpr int STEP = D <= 64 ? 64 : 32; /* keys of a tile */
+  static constexpr int ROWS = M * FRAGMENT;      /* items of a warp */
+  static constexpr int BLOCK = ROWS * MMA_WARPS; /* and of a block */
+  static constexpr int BLOCKS =
+      D <= 128 ? 2 : 1; /* of a multiprocessor: as memory allows */
   static constexpr int STAGES_AT = BLOCK * D, TILE_SIZE = STEP * D;
   static constexpr size_t BYTES = (STAGES_AT + 4 * TILE_SIZE) * sizeof(bf16);
   static_assert(BYTES <= SHARED_MOST, "fits every chip");
@@ -105,14 +106,15 @@ __device__ __forceinline__ void write_items(const attend_call &a, const attend_p
           *(uint32_t *)(out + column_of(n, 0)) = pair;
         else
           out[column_of(n, 0)] = narrow<bf16>(low_of(pair)),
-                            out[column_of(n, 1)] = narrow<bf16>(high_of(pair));
+                           out[column_of(n, 1)] = narrow<bf16>(high_of(pair));
       }
     }
   }
 }
 
 template <int D>
-__global__ __launch_bounds__(MMA_THREADS, attend_plan<D>::BLOCKS) void attend_kernel(attend_call a) {
+__global__ __launch_bounds__(MMA_THREADS,
+                             attend_plan<D>::BLOCKS) void attend_kernel(attend_call a) {
   using plan = attend_plan<D>;
   constexpr int M = plan::M, STEP = plan::STEP;
   bf16 *memory = (bf16 *)acre_shared();

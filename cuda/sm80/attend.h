@@ -160,7 +160,8 @@ __device__ __forceinline__ void weigh(packed<M, N> &w, const product<M, N> &s,
       float from = origin == -INFINITY ? 0.0f : origin; /* nothing seen yet */
 #pragma unroll
       for (int n = 0; n < N / COLUMNS; n++) {
-        w[m][n][r] = pair_of(power(s[m][n][2 * r] - from), power(s[m][n][2 * r + 1] - from));
+        w[m][n][r] =
+            pair_of(power(s[m][n][2 * r] - from), power(s[m][n][2 * r + 1] - from));
         sum += low_of(w[m][n][r]) + high_of(w[m][n][r]);
       }
       float by = rescale(now.origin[m][r], from);
@@ -168,8 +169,7 @@ __device__ __forceinline__ void weigh(packed<M, N> &w, const product<M, N> &s,
       now.origin[m][r] = origin;
       if (by == 1.0f) continue;
 #pragma unroll
-      for (int n = 0; n < D / COLUMNS; n++)
-        o[m][n][2 * r] *= by, o[m][n][2 * r + 1] *= by;
+      for (int n = 0; n < D / COLUMNS; n++) o[m][n][2 * r] *= by, o[m][n][2 * r + 1] *= by;
     }
   }
 }

@@ -30,9 +30,11 @@ struct back_plan {
   static constexpr int KEPT = FRAGMENT * MMA_WARPS;
   static constexpr int STEP = D <= 128 ? 32 : 16;
   static constexpr int OUT = D <= 128 ? D : 128; /* columns of dk and dv of a block */
-  static constexpr int BLOCKS = D <= 128 ? 2 : 1; /* of a multiprocessor: as memory allows */
+  static constexpr int BLOCKS =
+      D <= 128 ? 2 : 1; /* of a multiprocessor: as memory allows */
   static constexpr int STAGES_AT = 2 * KEPT * D, TILE_SIZE = STEP * D;
-  static constexpr int NUMBERS_AT = STAGES_AT + 4 * TILE_SIZE; /* lse, delta of two stages */
+  static constexpr int NUMBERS_AT =
+      STAGES_AT + 4 * TILE_SIZE; /* lse, delta of two stages */
   static constexpr size_t BYTES = NUMBERS_AT * sizeof(bf16) + 4 * STEP * sizeof(float);
   static_assert(BYTES <= SHARED_MOST, "fits every chip");
 };
@@ -136,8 +138,8 @@ struct item_rows {
     }
   }
 
-  __device__ __forceinline__ void weigh(const back_call &a, const key_tile &keys,
-                                        bool edge, const product<1, STEP> &s,
+  __device__ __forceinline__ void weigh(const back_call &a, const key_tile &keys, bool edge,
+                                        const product<1, STEP> &s,
                                         const product<1, STEP> &dp,
                                         packed<1, STEP> &ds) const {
 #pragma unroll
@@ -238,7 +240,8 @@ __device__ __forceinline__ void load_keys_stage(const back_call &a, int kv, int 
 }
 
 template <int D>
-__global__ __launch_bounds__(MMA_THREADS, back_plan<D>::BLOCKS) void dq_kernel(back_call a) {
+__global__ __launch_bounds__(MMA_THREADS,
+                             back_plan<D>::BLOCKS) void dq_kernel(back_call a) {
   using plan = back_plan<D>;
   constexpr int STEP = plan::STEP;
   bf16 *memory = (bf16 *)acre_shared();
@@ -280,8 +283,7 @@ __global__ __launch_bounds__(MMA_THREADS, back_plan<D>::BLOCKS) void dq_kernel(b
 #pragma unroll
       for (int n = 0; n < D / COLUMNS; n++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-          to[column_of(n, i)] = dq[0][n][2 * r + i];
+        for (int i = 0; i < 2; i++) to[column_of(n, i)] = dq[0][n][2 * r + i];
     }
   }
 }
@@ -308,7 +310,8 @@ __device__ __forceinline__ void load_items_stage(const back_call &a, int kv, int
 }
 
 template <int D>
-__global__ __launch_bounds__(MMA_THREADS, back_plan<D>::BLOCKS) void dkv_kernel(back_call a) {
+__global__ __launch_bounds__(MMA_THREADS,
+                             back_plan<D>::BLOCKS) void dkv_kernel(back_call a) {
   using plan = back_plan<D>;
   constexpr int STEP = plan::STEP, OUT = plan::OUT, CHUNKS = D / OUT;
   bf16 *memory = (bf16 *)acre_shared();

@@ -44,8 +44,8 @@ __device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int in
 }
 
 template <int D>
-__device__ __forceinline__ void load_part(const attend_call &a, int kv, int index,
-                                          int end, bf16 *stages) {
+__device__ __forceinline__ void load_part(const attend_call &a, int kv, int index, int end,
+                                          bf16 *stages) {
   if (index < end) {
     key_tile tile = part_of<D>(a, kv, index);
     bf16 *to = stages + (index % 2) * 2 * decode_plan<D>::TILE_SIZE;

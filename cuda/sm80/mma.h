@@ -18,9 +18,9 @@
 
 namespace acre {
 
-constexpr int PIECE = 8;       /* numbers of bf16 in 16 bytes */
-constexpr int FRAGMENT = 16;   /* rows and depth of a product of fragments */
-constexpr int COLUMNS = 8;     /* and its columns */
+constexpr int PIECE = 8;     /* numbers of bf16 in 16 bytes */
+constexpr int FRAGMENT = 16; /* rows and depth of a product of fragments */
+constexpr int COLUMNS = 8;   /* and its columns */
 constexpr int MMA_THREADS = 128;
 constexpr int MMA_WARPS = MMA_THREADS / WARP;
 
@@ -62,7 +62,8 @@ __device__ __forceinline__ void load_turned(uint32_t (&to)[4], const bf16 *row) 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
 #ifdef __CUDACC__
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
       "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

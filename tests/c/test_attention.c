@@ -9,6 +9,7 @@ typedef struct attend_case {
   int64_t d, kv_heads, group, prefix, seen, rows;
   acre_dtype dtype;
   bool bias;
+  int64_t shift; /* numbers in front of all that is read: 0 where it is aligned */
 } attend_case;
 
 typedef struct attend_data {
@@ -18,15 +19,25 @@ typedef struct attend_data {
   int64_t count[2];
 } attend_data;
 
+/* n random numbers of T behind `shift` others. */
+static void *shifted(const attend_case *c, int64_t n, acre_dtype dtype) {
+  char *x = random_typed(n + c->shift, dtype);
+  return x + c->shift * (int64_t)acre_dtype_size(dtype);
+}
+
+static void free_shifted(const attend_case *c, void *x, acre_dtype dtype) {
+  guarded_free((char *)x - c->shift * (int64_t)acre_dtype_size(dtype));
+}
+
 /* own holds five keys that nobody sees: NaN. */
 static attend_data make_attention(const attend_case *c) {
   int64_t width = c->kv_heads * c->d;
   attend_data a = {.count = {c->prefix, c->seen + c->rows + 5}};
-  a.q = random_floats(c->rows * c->kv_heads * c->group * c->d);
+  a.q = shifted(c, c->rows * c->kv_heads * c->group * c->d, ACRE_F32);
   for (int64_t i = 0; i < c->rows * c->kv_heads * c->group * c->d; i++) a.q[i] *= 3.0f;
   for (int s = 0; s < 2; s++) {
-    a.keys[s] = random_typed(a.count[s] * width, c->dtype);
-    a.values[s] = random_typed(a.count[s] * width, c->dtype);
+    a.keys[s] = shifted(c, a.count[s] * width, c->dtype);
+    a.values[s] = shifted(c, a.count[s] * width, c->dtype);
     a.bias[s] = random_floats(a.count[s]);
   }
   int64_t size = (int64_t)acre_dtype_size(c->dtype), end = c->seen + c->rows;
@@ -35,10 +46,12 @@ static attend_data make_attention(const attend_case *c) {
   return a;
 }
 
-static void free_attention(attend_data *a) {
-  guarded_free(a->q);
-  for (int s = 0; s < 2; s++)
-    guarded_free(a->keys[s]), guarded_free(a->values[s]), guarded_free(a->bias[s]);
+static void free_attention(const attend_case *c, attend_data *a) {
+  free_shifted(c, a->q, ACRE_F32);
+  for (int s = 0; s < 2; s++) {
+    free_shifted(c, a->keys[s], c->dtype), free_shifted(c, a->values[s], c->dtype);
+    guarded_free(a->bias[s]);
+  }
 }
 
 /* Logit of key j of segment s, and the sum of |products| that its error is relative
@@ -71,9 +84,10 @@ static double weight_of(double logit, double highest, double error, acre_dtype d
 
 /* Error: a softmax weight is off by the error of its logit, d+8 roundings; the weighted
  * sum and the sum of weights add one rounding per key and a few per tile of keys; at the
- * end one rounding to T. Values are at most 1. */
+ * end one rounding to T. Values are at most 1. The logarithm of the sum is off by the sum's
+ * relative error. */
 static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
-                       int64_t head, const void *out) {
+                       int64_t head, const void *out, float lse) {
   int64_t counts[2] = {c->prefix, c->seen + row + 1}, keys = counts[0] + counts[1];
   double *o = calloc((size_t)c->d, sizeof *o), *logits = calloc((size_t)keys, sizeof *o);
   double worst = 0.0, highest = -INFINITY, sum = 0.0, slack, slacks = 0.0;
@@ -94,7 +108,8 @@ static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
   }
   double bound = 2 * slacks / sum + EPS * ((double)keys * 17 / 16 + 20);
   double unit = c->dtype == ACRE_F32 ? 0.0 : 0x1p-8; /* the last rounding */
-  bool right = true;
+  double lse_exact = log2(sum) + ceil(highest * 1.4426950408889634);
+  bool right = fabs(lse - lse_exact) <= 1.5 * bound + 2 * EPS * (fabs(lse_exact) + 1);
   for (int64_t x = 0; x < c->d; x++)
     right &= fabs(at(out, x, c->dtype) - o[x] / sum) <= bound + unit * fabs(o[x] / sum);
   free(o), free(logits);
@@ -102,14 +117,14 @@ static bool head_right(const attend_case *c, const attend_data *a, int64_t row,
 }
 
 static void run_attend(int i, const attend_case *c, const attend_data *a, void *out,
-                       int64_t first, int64_t rows, bool split) {
+                       float *lse, int64_t first, int64_t rows, bool split) {
   int64_t h = c->kv_heads * c->group, stride = h * c->d;
   acre_heads heads = {h, c->kv_heads, c->d, c->dtype};
   acre_keys prefix = {a->keys[0], a->values[0], c->bias ? a->bias[0] : NULL, c->prefix};
   acre_keys own = {a->keys[1], a->values[1], c->bias ? a->bias[1] : NULL, a->count[1]};
-  backends[i]->ops->attend(queues[i], out, stride + 2, NULL, a->q + first * stride, stride,
-                           c->prefix ? &prefix : NULL, &own, c->seen + first, rows, split,
-                           &heads);
+  backends[i]->ops->attend(queues[i], out, stride + 2 + c->shift, lse,
+                           a->q + first * stride, stride, c->prefix ? &prefix : NULL, &own,
+                           c->seen + first, rows, split, &heads);
 }
 
 /* n bytes of a pattern that must stay where nothing is written. */
@@ -121,22 +136,26 @@ static char *untouched(int64_t n) {
 
 static void attend_right(const attend_case *c, bool split) {
   int64_t size = (int64_t)acre_dtype_size(c->dtype), h = c->kv_heads * c->group;
-  int64_t stride = (h * c->d + 2) * size, n = c->rows * stride;
+  int64_t stride = (h * c->d + 2 + c->shift) * size, n = c->rows * stride;
   attend_data a = make_attention(c);
   char *first = NULL;
   for (int i = 0; i < backend_count; i++) {
     char *out = untouched(n);
-    run_attend(i, c, &a, out, 0, c->rows, split);
+    float *lse = nans(c->rows * h);
+    run_attend(i, c, &a, out, lse, 0, c->rows, split);
     if (judged(i)) {
       bool right = true;
       for (int64_t r = 0; r < c->rows; r++)
         for (int64_t head = 0; head < h; head++)
-          right &= head_right(c, &a, r, head, out + r * stride + head * c->d * size);
+          right &= head_right(c, &a, r, head, out + r * stride + head * c->d * size,
+                              lse[r * h + head]);
       CHECK(right);
       if (!right)
-        fprintf(stderr, "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d\n",
+        fprintf(stderr,
+                "  d %d g %d group %d prefix %d seen %d rows %d bf16 %d bias %d "
+                "shift %d\n",
                 (int)c->d, (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->seen,
-                (int)c->rows, c->dtype == ACRE_BF16, c->bias);
+                (int)c->rows, c->dtype == ACRE_BF16, c->bias, (int)c->shift);
     }
     CHECK(!first || !to_the_bit(i) || same(first, out, n));
     for (int64_t r = 0; r < c->rows; r++)
@@ -144,16 +163,17 @@ static void attend_right(const attend_case *c, bool split) {
             out[(r + 1) * stride - 2 * size] == 0x7f);
     for (int64_t some = 1; some <= c->rows - 2; some += acre_max(c->rows - 3, 1)) {
       char *alone = untouched(n); /* rows 1.. without the others: the same bits */
-      run_attend(i, c, &a, alone, 1, some, false);
+      run_attend(i, c, &a, alone, NULL, 1, some, false);
       CHECK(same(alone, out + stride, some * stride));
       guarded_free(alone);
     }
+    guarded_free(lse);
     if (first)
       guarded_free(out);
     else
       first = out;
   }
-  free_attention(&a);
+  free_attention(c, &a);
   guarded_free(first);
 }
 
@@ -172,19 +192,33 @@ static void test_attends(void) {
       for (int64_t p = 0; p < ACRE_COUNT(prefixes); p++, index++)
         test_attend(&(attend_case){dims[d], 1 + index % 3, 1 + index % 8, prefixes[p],
                                    index % 4 * 25, rows[r],
-                                   index % 2 ? ACRE_BF16 : ACRE_F32, index / 2 % 2});
-  test_attend(&(attend_case){64, 1, 3, 2500, 17, 1, ACRE_BF16, true}); /* many runs */
-  test_attend(&(attend_case){16, 2, 40, 70, 3, 1, ACRE_F32, false});   /* many heads */
-  test_attend(&(attend_case){16, 1, 110, 70, 3, 5, ACRE_F32, false});
-  test_attend(&(attend_case){512, 1, 1, 30, 3, 7, ACRE_BF16, true});
-  test_attend(&(attend_case){512, 1, 2, 300, 3, 1, ACRE_F32, true});
+                                   index % 2 ? ACRE_BF16 : ACRE_F32, index / 2 % 2, 0});
+  test_attend(&(attend_case){64, 1, 3, 2500, 17, 1, ACRE_BF16, true, 0}); /* many runs */
+  test_attend(&(attend_case){16, 2, 40, 70, 3, 1, ACRE_F32, false, 0});   /* many heads */
+  test_attend(&(attend_case){16, 1, 110, 70, 3, 5, ACRE_F32, false, 0});
+  test_attend(&(attend_case){512, 1, 1, 30, 3, 7, ACRE_BF16, true, 0});
+  test_attend(&(attend_case){512, 1, 2, 300, 3, 1, ACRE_F32, true, 0});
+}
+
+/* What matrix units do, in all ways that their tiles may be cut. */
+static void test_tiles(void) {
+  static const int64_t dims[] = {64, 80, 96, 128, 256};
+  static const int64_t prefixes[] = {0, 1, 31, 64, 65, 130};
+  for (int64_t i = 0; i < 50; i++) {
+    int64_t group = 1 + i % 8, rows = i % 4 ? 1 + i * 7 % (200 / group) : 1;
+    int64_t seen = (int64_t)(random_bits(&seed) % 70);
+    test_attend(&(attend_case){dims[i % 5], 1 + i / 3 % 2, group, prefixes[i * 5 / 7 % 6],
+                               i % 3 ? seen : 0, rows, ACRE_BF16, i / 2 % 2, i % 7 == 6});
+  }
+  test_attend(&(attend_case){64, 1, 19, 200, 90, 1, ACRE_BF16, true, 1}); /* many heads */
+  test_attend(&(attend_case){256, 1, 2, 700, 3, 1, ACRE_BF16, false, 0}); /* many runs */
 }
 
 /* ---------------------------------------------------------------- scoring */
 
 static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
   int64_t g = 2, group = 3, h = g * group;
-  attend_case c = {d, g, group, m, 0, t, dtype, false};
+  attend_case c = {d, g, group, m, 0, t, dtype, false, 0};
   attend_data a = make_attention(&c);
   uint8_t use[6] = {1, 0, 1, 0, 0, 1};
   float *old = random_floats(m), *first = NULL;
@@ -213,13 +247,14 @@ static void test_score(int64_t t, int64_t m, int64_t d, acre_dtype dtype) {
     else
       first = scores;
   }
-  free_attention(&a);
+  free_attention(&c, &a);
   guarded_free(first), guarded_free(old), free(exact), free(p);
 }
 
 int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 8)) return 1;
   test_attends();
+  test_tiles();
   test_score(1, 1, 64, ACRE_F32);
   test_score(40, 300, 64, ACRE_BF16);
   test_score(7, 130, 90, ACRE_F32);
