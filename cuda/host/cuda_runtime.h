@@ -121,6 +121,7 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
 /* What a whole warp does at once: `act`, for the parts of all its lanes. */
 typedef void (*acre_host_lanes)(void *const *parts);
 void acre_host_together(acre_host_lanes act, void *part);
+void acre_host_conflict(void); /* of banks of shared memory: slow, not wrong */
 /* `bytes` bytes and zeros up to `room`, at the thread's wait for the group that it is of; a
  * group ends at a commit, and a wait leaves the latest `under_way` groups under way. */
 void acre_host_copy(void *to, const void *from, size_t bytes, size_t room);

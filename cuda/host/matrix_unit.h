@@ -19,11 +19,15 @@ struct acre_host_ldmatrix {
 
 static inline void acre_host_load(void *const *parts, bool turned) {
   uint16_t numbers[4][8][8];
+  unsigned banks[4] = {0}; /* groups of four that a matrix's rows lie in */
   for (int i = 0; i < 32; i++) {
     const void *row = ((const acre_host_ldmatrix *)parts[i])->row;
     if ((uintptr_t)row % 16 != 0) abort();
+    banks[i / 8] |= 1u << ((uintptr_t)row / 16 % 8);
     memcpy(numbers[i / 8][i % 8], row, 16);
   }
+  for (int i = 0; i < 4; i++)
+    if (banks[i] != 0xff) acre_host_conflict();
   for (int lane = 0; lane < 32; lane++) {
     for (int i = 0; i < 4; i++) {
       int r = lane / 4, c = lane % 4 * 2;

@@ -58,7 +58,7 @@ struct machine {
 };
 
 thread_local machine here;
-thread_local int64_t launches;
+thread_local int64_t launches, conflicts;
 uint64_t first_seed = 1;
 
 uint64_t random_bits(machine *m) { /* splitmix64 */
@@ -248,6 +248,8 @@ void acre_host_together(acre_host_lanes act, void *part) {
   act(parts);
 }
 
+void acre_host_conflict(void) { conflicts++; }
+
 void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
   thread *self = here.current;
   if (!self->copies) self->copies = (async_copy *)calloc(COPIES_MOST, sizeof *self->copies);
@@ -299,4 +301,5 @@ cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared
 
 void acre_host_seed(uint64_t seed) { first_seed = here.random = seed; }
 int64_t acre_host_launches(void) { return launches; }
+int64_t acre_host_conflicts(void) { return conflicts; }
 }

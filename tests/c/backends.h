@@ -8,6 +8,9 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "guard.h"
+#ifdef ACRE_TEST_CUDA
+#include "host.h"
+#endif
 #include "platform.h"
 #include "plugin.h"
 
@@ -113,6 +116,9 @@ static inline void close_backends(void) {
     backends[i]->ops->destroy(backends[i]);
   }
   CHECK(acre_alloc_live() == 0);
+#ifdef ACRE_TEST_CUDA
+  CHECK(acre_host_conflicts() == 0);
+#endif
 }
 
 #endif
