@@ -3,6 +3,7 @@ what the compiler made. The kernels themselves run in the C tests (cuda/README.m
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shutil
@@ -107,7 +108,7 @@ def test_machine_code_of_each_chip_and_ptx():
     command = [tool, "--list-elf", "--list-ptx", PLUGIN]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kinds = Counter(re.findall(r"(sm_\w+)\.(cubin|ptx)", listed))
-    sources = len(list((ROOT / "cuda").glob("*.cu")))
+    sources = len(list((ROOT / "cuda").rglob("*.cu")))
     assert kinds["sm_80", "cubin"] >= sources
     assert kinds["sm_90a", "cubin"] >= sources
     assert kinds["sm_90", "ptx"] == sources
@@ -117,7 +118,7 @@ def test_machine_code_of_each_chip_and_ptx():
 @built
 def test_no_kernel_spills():
     """Of the compiler's reports: registers that go to memory and back."""
-    logs = sorted((ROOT / "build" / "cuda" / "cuda").glob("*.cu.log"))
+    logs = sorted((ROOT / "build" / "cuda" / "cuda").rglob("*.cu.log"))
     if not logs:
         pytest.skip("the backend was built elsewhere")
     kernels, spilling = 0, []
@@ -131,6 +132,47 @@ def test_no_kernel_spills():
                 spilling.append((name, chip, stores, loads_))
     assert kernels > 100
     assert not spilling
+
+
+def machine_code(chip: str) -> dict[str, str]:
+    """The disassembly of every kernel, by its mangled name."""
+    tools = [
+        shutil.which(name) or from_wheel(f"*/bin/{name}")
+        for name in ("cuobjdump", "nvdisasm")
+    ]
+    if None in tools:
+        pytest.skip("no cuobjdump or nvdisasm (nvidia-cuda-cuobjdump, -nvdisasm)")
+    path = os.pathsep.join([str(pathlib.Path(tools[1]).parent), os.environ["PATH"]])
+    command = [tools[0], "-sass", "-arch", chip, PLUGIN]
+    environment = os.environ | {"PATH": path}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    )
+    parts = re.split(r"Function : (\S+)", run.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@built
+def test_attention_uses_matrix_units():
+    """Of 8.0: products of fragments, fragments from shared memory, copies past the
+    registers; and nothing in local memory."""
+    kernels = re.compile(r"_cu_.*(attend|decode|dq|dkv)_kernelILi(\d+)E")
+    wanted = [
+        "HMMA.16816.F32.BF16",
+        "LDSM.16.M88.4",
+        "LDSM.16.MT88.4",
+        "LDGSTS.E.BYPASS.128",
+    ]
+    found = Counter()
+    for name, text in machine_code("sm_80").items():
+        kernel = kernels.search(name)
+        if kernel is None:
+            continue
+        found[kernel[1]] += 1
+        for instruction in wanted:
+            assert instruction in text, (name, instruction)
+        assert not re.search(r"\b(LDL|STL)\b", text), name
+    assert found == {"attend": 5, "decode": 5, "dq": 5, "dkv": 5}
 
 
 def test_numbers_of_cublaslt_are_the_library_s():
