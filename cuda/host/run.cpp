@@ -3,8 +3,8 @@
  * A fiber runs until it reaches a barrier or a shuffle, so between two of them a thread sees
  * either all or nothing of what another did; both blocks and threads are taken in an order
  * that changes from block to block, so that a barrier that is missing shows as a wrong
- * result. An asynchronous copy leaves NaN where it goes to and arrives when its thread waits
- * for it, no sooner. Shared memory is full of NaN before each block, and allocated to the byte, so that
+ * result. An asynchronous copy leaves NaN where it goes to and arrives at the first barrier
+ * behind its thread's wait for it, no sooner. Shared memory is full of NaN before each block, and allocated to the byte, so that
  * AddressSanitizer sees what lies beyond. Where no thread can go on, the launch fails and
  * says who waits for what; nothing hangs. */
 #include "cuda_runtime.h"
@@ -42,7 +42,7 @@ struct thread {
   void *part;
   async_copy *copies; /* [COPIES_MOST], from the oldest on */
   int copy_count;
-  int64_t groups; /* that were committed */
+  int64_t groups, waited; /* that were committed; up to which the thread waited */
 };
 
 struct machine {
@@ -95,7 +95,7 @@ void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
     dim3 index(n % block.x, n / block.x % block.y, n / block.x / block.y);
     t->place = {index, at, block, grid};
     t->state = READY;
-    t->copy_count = 0, t->groups = 0;
+    t->copy_count = 0, t->groups = t->waited = 0;
     acre_fiber_begin(&t->fiber, thread_main);
   }
   shuffle(m);
@@ -183,6 +183,21 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
   return right ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+/* What a thread has waited for, at its next barrier: others may not look before. */
+void deliver(thread *self) {
+  int left = 0;
+  for (int i = 0; i < self->copy_count; i++) {
+    async_copy copy = self->copies[i];
+    if (copy.group >= self->waited) {
+      self->copies[left++] = copy;
+      continue;
+    }
+    memset(copy.to, 0, copy.room);
+    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+  }
+  self->copy_count = left;
+}
+
 /* Whether all lanes of the mask are here for the same thing, this thread the last of them;
  * else returns when that one has done it. */
 bool last_to_come(machine *m, thread *self, unsigned mask, int kind, acre_host_lanes act) {
@@ -211,6 +226,7 @@ const acre_host_thread *acre_host_current(void) { return &here.current->place; }
 unsigned char *acre_host_shared(void) { return here.shared; }
 
 void acre_host_barrier(void) {
+  deliver(here.current);
   here.current->state = AT_BARRIER;
   here.at_barrier++;
   yield();
@@ -220,6 +236,7 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
   machine *m = &here;
   thread *self = m->current;
   self->value = value, self->source = source;
+  if (kind == 1) deliver(self); /* __syncwarp */
   if (!last_to_come(m, self, mask, kind, NULL)) return self->value;
   int warp = (int)(self - m->threads) / LANES * LANES;
   uint32_t given[LANES];
@@ -261,18 +278,7 @@ void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
 void acre_host_commit(void) { here.current->groups++; }
 
 void acre_host_wait(int under_way) {
-  thread *self = here.current;
-  int left = 0;
-  for (int i = 0; i < self->copy_count; i++) {
-    async_copy copy = self->copies[i];
-    if (copy.group >= self->groups - under_way) {
-      self->copies[left++] = copy;
-      continue;
-    }
-    memset(copy.to, 0, copy.room);
-    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
-  }
-  self->copy_count = left;
+  here.current->waited = here.current->groups - under_way;
 }
 
 cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
