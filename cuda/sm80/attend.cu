@@ -102,21 +102,42 @@ __device__ __forceinline__ void write_items(const attend_call &a, const attend_p
 #pragma unroll
       for (int n = 0; n < D / COLUMNS; n++) {
         uint32_t pair = pair_of(o[m][n][2 * r] * by, o[m][n][2 * r + 1] * by);
-        if (a.out_pairs)
-          *(uint32_t *)(out + column_of(n, 0)) = pair;
-        else
-          out[column_of(n, 0)] = narrow<bf16>(low_of(pair)),
-                           out[column_of(n, 1)] = narrow<bf16>(high_of(pair));
+        bf16 *to = out + column_of(n, 0);
+        if (a.out_pairs) {
+          *(uint32_t *)to = pair;
+        } else {
+          to[0] = narrow<bf16>(low_of(pair));
+          to[1] = narrow<bf16>(high_of(pair));
+        }
       }
     }
   }
+}
+
+/* The warp's rows meet a tile that has arrived. */
+template <int D, int M>
+__device__ __forceinline__ void meet(const attend_call &a, const attend_place<D> &at,
+                                     const key_tile &tile, const bf16 *queries,
+                                     const bf16 *stage, softmax_rows<M> &now,
+                                     product<M, D> &o) {
+  using plan = attend_plan<D>;
+  constexpr int STEP = plan::STEP;
+  int lane = lane_anew();
+  product<M, STEP> s = {};
+  packed<M, STEP> w;
+  add_dots<D, M, STEP>(s, queries, at.first, stage, lane);
+  scale_logits<M, STEP>(s, a.scale, tile.bias, tile.count);
+  if (tile.count < STEP || (tile.own && tile.first + STEP > at.low))
+    mask_edge<D, M, STEP>(s, a, at, tile);
+  weigh<M, STEP, D>(w, s, now, o);
+  add_weighted<D, M, STEP, D>(o, w, stage + plan::TILE_SIZE, 0, lane);
 }
 
 template <int D>
 __global__ __launch_bounds__(MMA_THREADS,
                              attend_plan<D>::BLOCKS) void attend_kernel(attend_call a) {
   using plan = attend_plan<D>;
-  constexpr int M = plan::M, STEP = plan::STEP;
+  constexpr int M = plan::M;
   bf16 *memory = (bf16 *)acre_shared();
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     attend_place<D> at(a, b);
@@ -128,19 +149,10 @@ __global__ __launch_bounds__(MMA_THREADS,
       load_stage(a, at, index + 1, memory);
       copies_wait<1>();
       __syncthreads();
-      key_tile tile(a.seen_keys, at.kv, index, STEP, at.end);
-      if (at.first < at.count && !(tile.own && tile.first >= at.high)) {
-        const bf16 *stage = memory + plan::STAGES_AT + (index % 2) * 2 * plan::TILE_SIZE;
-        int lane = lane_anew();
-        product<M, STEP> s = {};
-        packed<M, STEP> w;
-        add_dots<D, M, STEP>(s, memory, at.first, stage, lane);
-        scale_logits<M, STEP>(s, a.scale, tile.bias, tile.count);
-        if (tile.count < STEP || (tile.own && tile.first + STEP > at.low))
-          mask_edge<D, M, STEP>(s, a, at, tile);
-        weigh<M, STEP, D>(w, s, now, o);
-        add_weighted<D, M, STEP, D>(o, w, stage + plan::TILE_SIZE, 0, lane);
-      }
+      key_tile tile(a.seen_keys, at.kv, index, plan::STEP, at.end);
+      const bf16 *stage = memory + plan::STAGES_AT + (index % 2) * 2 * plan::TILE_SIZE;
+      if (at.first < at.count && !(tile.own && tile.first >= at.high))
+        meet<D, M>(a, at, tile, memory, stage, now, o);
       __syncthreads();
     }
     write_items<D, M>(a, at, now, o);

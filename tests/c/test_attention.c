@@ -204,8 +204,8 @@ static void test_attends(void) {
 static void test_tiles(void) {
   static const int64_t dims[] = {64, 80, 96, 128, 256};
   static const int64_t prefixes[] = {0, 1, 31, 64, 65, 130};
-  for (int64_t i = 0; i < 50; i++) {
-    int64_t group = 1 + i % 8, rows = i % 4 ? 1 + i * 7 % (200 / group) : 1;
+  for (int64_t i = 0; i < 40; i++) {
+    int64_t group = 1 + i % 8, rows = i % 4 ? 1 + i * 7 % (160 / group) : 1;
     int64_t seen = (int64_t)(random_bits(&seed) % 70);
     test_attend(&(attend_case){dims[i % 5], 1 + i / 3 % 2, group, prefixes[i * 5 / 7 % 6],
                                i % 3 ? seen : 0, rows, ACRE_BF16, i / 2 % 2, i % 7 == 6});
