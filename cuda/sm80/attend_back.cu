@@ -240,6 +240,22 @@ __device__ __forceinline__ void load_keys_stage(const back_call &a, int kv, int 
 }
 
 template <int D>
+__device__ __forceinline__ void write_dq(const back_call &a, const item_tile &items,
+                                         int first, const product<1, D> &dq) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int own = first + row_of(0, 2 * r);
+    if (own >= items.count) continue;
+    float *to = a.dqkv + a.map.row(items.kv, items.item + own) * a.stride +
+                (int64_t)a.map.head(items.kv, items.item + own) * D;
+#pragma unroll
+    for (int n = 0; n < D / COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) to[column_of(n, i)] = dq[0][n][2 * r + i];
+  }
+}
+
+template <int D>
 __global__ __launch_bounds__(MMA_THREADS,
                              back_plan<D>::BLOCKS) void dq_kernel(back_call a) {
   using plan = back_plan<D>;
@@ -274,17 +290,7 @@ __global__ __launch_bounds__(MMA_THREADS,
       add_weighted<D, 1, STEP, D>(dq, ds, stage, 0, lane);
       __syncthreads();
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int own = first + row_of(0, 2 * r);
-      if (own >= items.count) continue;
-      float *to = a.dqkv + a.map.row(items.kv, items.item + own) * a.stride +
-                  (int64_t)a.map.head(items.kv, items.item + own) * D;
-#pragma unroll
-      for (int n = 0; n < D / COLUMNS; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) to[column_of(n, i)] = dq[0][n][2 * r + i];
-    }
+    write_dq<D>(a, items, first, dq);
   }
 }
 
