@@ -19,7 +19,7 @@ CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm*/*.h cuda/host/*.h) $(CUDA_CORE:%=cs
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
 
 # The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
-ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -fPIC \
+ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fPIC \
                  -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics \
                  -fno-strict-aliasing -ffp-contract=off -fno-math-errno -pthread \
                  -Icuda/host -Icuda -Icsrc
@@ -48,16 +48,19 @@ CUDA    := build/cuda
 CUDA_SO ?= acre/_cuda.so
 CUDA_ARCH := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
              -gencode arch=compute_90,code=compute_90
-CUDA_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
+CUDA_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
   -Xcompiler -Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti \
   -Xcompiler -fno-threadsafe-statics
 CUDA_SHARED := status buffer platform tensor
 CUDA_PARTS := $(CUDA_SOURCES:%=$(CUDA)/%.o) \
               $(CUDA_SHARED:%=$(CUDA)/csrc/%.o)
 
+# What only Hopper can do is compiled for nothing else.
+$(CUDA)/cuda/sm90/%.cu.o: CUDA_ARCH := -gencode arch=compute_90a,code=sm_90a
+
 $(CUDA)/%.cu.o: %.cu $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)
-	$(NVCC) $(CUDA_FLAGS) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
+	$(NVCC) $(CUDA_FLAGS) $(CUDA_ARCH) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log); exit 1; }
 
 $(CUDA)/csrc/%.o: csrc/%.c $(CUDA_HEADERS)
 	@mkdir -p $(dir $@)

@@ -28,6 +28,9 @@ _Heads: TypeAlias = (
     npt.NDArray[np.bool_ | np.integer[Any]] | Buffer | Sequence[Sequence[bool]]
 )
 _Flags: TypeAlias = npt.NDArray[np.bool_ | np.integer[Any]] | Buffer | Sequence[bool]
+_Question: TypeAlias = tuple[
+    _Ids, _Floats | None, tuple[int, int] | None, _Flags | None
+]
 _Vector: TypeAlias = Literal["parameters", "gradients", "first", "second"]
 _Groups: TypeAlias = _Ids | Sequence[Sequence[SupportsIndex]]
 _Proxy: TypeAlias = Literal["pooled", "trained"]
@@ -58,6 +61,7 @@ class _Loss(TypedDict):
     loss: float
     weight: float
     evidence: float
+    known: int
     rows: int
 
 class TooLongError(ValueError):
@@ -232,10 +236,8 @@ class Trainer:
         window: int,
         stride: int,
         carry: int = 0,
-        tail: _Ids | None = None,
         weights: _Floats | None = None,
-        evidence: _Flags | None = None,
-        query: tuple[int, int] | None = None,
+        questions: Sequence[_Question] = (),
         evidence_weight: float = 0.0,
         heads: _Heads | None = None,
         gradients: bool = True,

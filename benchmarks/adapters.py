@@ -30,7 +30,7 @@ RECALL = {
     "task": "task", "length": "tokens", "entries": "way", "count": "n",
     "recall": "recall", "score": "score", "stderr": "+-", "attended": "entries",
 }  # fmt: skip
-FACTS = ("needle", "kv", "nq")
+FACTS = ("needle", "probe_kv", "nq")
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, acre.Model, str]]:

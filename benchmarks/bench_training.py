@@ -14,8 +14,8 @@ differ by more than a hundredth in the first timed round.
 
 GFLOP/s are those of `Work`, its products alone (the formula is there), and are also
 given as a share of the best rate of oneDNN's matrix products so far in this run. Memory
-is the largest size while an update runs, over the size before it: resident, and for
-acre also what its engine counted.
+is the largest size while an update runs: of the process (with --only, of one engine),
+and for acre what its engine holds, the model and the tapes it keeps included.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from torch_method import TorchMethod, nested, spans  # noqa: E402
 
 INTERVALS = (8, 16, 32, 64, 128)
-LR, CLIP = 1e-4, 1.0
+LR, CLIP = 0.0, 1.0  # no step changes the parameters: losses stay comparable
 LIMIT = 0.01  # largest relative difference of the losses of one example
 REST = 0.05  # seconds for the other engine's idle threads to stop spinning
 MIB = 1 / 2**20
@@ -74,14 +74,14 @@ class Work(NamedTuple):
                    gradients (the base learns nothing); attention twice (four products
                    for the forward's two); 2 L H (a + 2 b) per L1 token for its weights
         recompute  the layers' and the head's forward once more, where it is not kept
+        again      what acre computes anew: the output projection, gate and up, and
+                   the attention's logits
     """
 
     forward: float
     backward: float
     recompute: float
-
-    def total(self, anew: bool) -> float:
-        return self.forward + self.backward + (self.recompute if anew else 0)
+    again: float
 
 
 def work(config: Mapping[str, Any], example: Example) -> Work:
@@ -99,7 +99,8 @@ def work(config: Mapping[str, Any], example: Example) -> Work:
     head = 2.0 * H * config["vocab_size"] * (len(example.ids) - 1)
     weights = 2.0 * L * H * (a + 2 * b) * l1
     forward = layers + attention + head
-    return Work(forward, layers + 2 * attention + head + weights, forward)
+    again = 2.0 * L * rows * (H * a + 2 * H * f) + attention / 2
+    return Work(forward, layers + 2 * attention + head + weights, forward, again)
 
 
 def gemm_rate() -> float:
@@ -136,9 +137,9 @@ class Acre:
         self.trainer, self.step = _core.Trainer(model.core), 0
         self.engine = model.core.engine
 
-    def anew(self, n: int) -> bool:
-        """acre always recomputes."""
-        return True
+    def anew(self, made: Work, n: int) -> float:
+        """Operations that are computed a second time."""
+        return made.again
 
     def update(self, example: Example) -> float:
         """Learns from one example; its mean loss."""
@@ -150,11 +151,10 @@ class Acre:
         return found["loss"] / found["weight"]
 
     def counted_mib(self, run: Callable[[], object]) -> float:
-        """What the engine allocated beyond what it had, at most, during `run`."""
-        before = self.engine.bytes
+        """What the engine holds at most during `run`, the model included."""
         self.engine.reset_peak()
         run()
-        return (self.engine.peak_bytes - before) * MIB
+        return self.engine.peak_bytes * MIB
 
 
 class Torch:
@@ -171,12 +171,12 @@ class Torch:
         self.leaves = list(self.method.parameters.values())
         self.optimizer = torch.optim.AdamW(self.leaves, LR, (0.9, 0.95), weight_decay=0)
 
-    def anew(self, n: int) -> bool:
-        return n > self.keep
+    def anew(self, made: Work, n: int) -> float:
+        return made.recompute if n > self.keep else 0.0
 
     def update(self, example: Example) -> float:
         """Learns from one example; its mean loss."""
-        self.method.checkpoint = self.anew(len(example.ids))
+        self.method.checkpoint = len(example.ids) > self.keep
         loss, weight, _ = self.method.example(*example)
         (loss / weight).backward()
         torch.nn.utils.clip_grad_norm_(self.leaves, CLIP)
@@ -206,7 +206,6 @@ class Figures:
         gc.collect()
         time.sleep(REST)
         forget_peak()
-        before = resident_mib()
 
         def run() -> None:
             start = time.perf_counter()
@@ -216,7 +215,7 @@ class Figures:
         counted = engine.counted_mib(run)
         if counted is not None:
             self.counted.append(counted)
-        self.resident.append(resident_mib(peak=True) - before)
+        self.resident.append(resident_mib(peak=True))
 
 
 def draw(model: acre.Model, n: int, options: argparse.Namespace) -> Example:
@@ -264,7 +263,8 @@ def records(
     for engine in engines:
         figures = found[engine.name]
         seconds = statistics.median(figures.seconds)
-        rate = 1e-9 * made.total(engine.anew(n)) / seconds
+        anew = engine.anew(made, n)
+        rate = 1e-9 * (made.forward + made.backward + anew) / seconds
         own = found["acre"].seconds if "acre" in found else figures.seconds
         ratios = [a / b for a, b in zip(figures.seconds, own, strict=True)]
         out.append(
@@ -273,7 +273,7 @@ def records(
                 "tokens": n,
                 "tokens_per_s": n / seconds,
                 "acre_times_as_fast": statistics.median(ratios),
-                "recomputed": engine.anew(n),
+                "recomputed": anew / made.forward,
                 "gflops": rate,
                 "gemm_gflops": gemm,
                 "share_of_gemm": rate / gemm,
@@ -293,7 +293,7 @@ def line(row: dict[str, Any]) -> str:
     cells = [
         f"{row['engine']:6s}{row['tokens']:7d}{row['tokens_per_s']:10.1f} tok/s",
         f"{row['gflops']:8.1f} GFLOP/s{100 * row['share_of_gemm']:6.1f}% of GEMM",
-        "  layers anew" if row["recomputed"] else "  layers kept",
+        f"{100 * row['recomputed']:4.0f}% of the forward anew",
         f"{row['resident_mib']:9.0f} MiB",
         "" if counted is None else f" ({counted:.0f} counted)",
         "" if ratio == 1 else f"  acre {ratio:.2f}x as fast",

@@ -379,21 +379,29 @@ typedef struct acre_trainer acre_trainer;
 
 /* One example: n context tokens, read under selective attention, and t tokens behind them, a
  * question and its answer, which hold no L1 tokens and see [L1 | recent] and each other. */
+/* A question asked of an example's text, and its answer. The evidence term is what tokens
+ * [first, last) lack in attention to the L1 entries whose group holds a token with
+ * evidence[i] != 0: with an entry's share being that of the mass that these tokens put on all
+ * L1 entries at the heads in use, the mean of -log(share) over the evidence's entries. */
+typedef struct acre_question {
+  const int32_t *ids; /* [t], t >= 1 */
+  int64_t t;
+  const float *weights;    /* [t], as the example's */
+  const uint8_t *evidence; /* [n], NULL: none */
+  int64_t first, last;
+} acre_question;
+
 typedef struct acre_example {
   size_t struct_size;
   const int32_t *ids; /* [n], n >= 1 */
   int64_t n;
-  const int32_t *tail; /* [t] */
-  int64_t t;
-  const float *weights; /* [n + t], >= 0, of each token's loss; NULL: 1. Token 0 has none */
+  const float *weights; /* [n], >= 0, of each token's loss; NULL: 1. Token 0 has none */
   int64_t window, stride, carry;
   const int64_t *intervals; /* l of each window, a last, partial one included */
   int64_t windows;
-  /* The evidence term: -log of the share of attention mass, at the heads in use, that tail
-   * tokens [first, last) put on L1 entries whose group holds a token with evidence[i] != 0. */
-  const uint8_t *evidence; /* [n], NULL: none */
-  int64_t first, last;
-  double evidence_weight; /* the term counts like the loss of so many tokens */
+  const acre_question *questions; /* each sees the text, none another one */
+  int64_t question_count;
+  double evidence_weight; /* an evidence term counts like the loss of so many tokens */
   const uint8_t *heads;   /* [L, h], nonzero = counts; NULL: the last layer's */
 } acre_example;
 
@@ -402,7 +410,8 @@ ACRE_API acre_example acre_example_default(void);
 typedef struct acre_example_result {
   double loss;     /* sum of weight * -log p, in nats */
   double weight;   /* sum of the weights */
-  double evidence; /* share of mass on the evidence, in [0, 1]; NaN where none was given */
+  double evidence; /* sum over questions of the share of mass on the evidence's entries */
+  int64_t known;   /* questions in it: with evidence that L1 entries stand for */
   int64_t rows;    /* nested tokens that went through the layers */
 } acre_example_result;
 

@@ -226,12 +226,12 @@ typedef struct acre_backend_ops {
                       const acre_keys *prefix, const acre_keys *own, int64_t rows,
                       const acre_heads *);
 
-  /* Through s = sum of scores[j] over the j with wanted[j] != 0, scores as score gives them:
-   * adds factor * ds/dq to dq [t, h, d] (row stride dq_stride) and factor * ds/dk to dk
-   * [m, g, d], both float32. q [t, h, d] of T, dense; wanted [m] on the host. */
-  void (*score_back)(acre_queue *, float *dq, int64_t dq_stride, float *dk, float factor,
-                     const void *q, const void *keys, const uint8_t *wanted,
-                     const uint8_t *use, int64_t t, int64_t m, const acre_heads *);
+  /* Through s = sum of pull[j] scores[j], scores as score gives them: adds ds/dq to dq
+   * [t, h, d] (row stride dq_stride) and ds/dk to dk [m, g, d], both float32. q [t, h, d] of
+   * T, dense; pull [m] on the host. */
+  void (*score_back)(acre_queue *, float *dq, int64_t dq_stride, float *dk,
+                     const float *pull, const void *q, const void *keys, const uint8_t *use,
+                     int64_t t, int64_t m, const acre_heads *);
 
   /* The sum of x[i]^2, in float64, on the host; waits. */
   void (*sum_squares)(acre_queue *, double *out, const float *x, int64_t n);

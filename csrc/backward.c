@@ -356,11 +356,11 @@ static void take_from_later(flow *f, int64_t layer) {
 
 static void evidence_back(flow *f, int64_t layer, const acre_keys *prefix) {
   const acre_evidence *e = f->pass->evidence;
-  if (!e || !e->m) return;
-  f->ops->score_back(
-      f->queue, f->s->dqkv + e->first * f->qkv, f->qkv, f->s->dk, (float)e->factor,
-      typed_row(f, acre_tape_q(f->pass->tape, layer), e->first, f->q), prefix->rotated,
-      e->wanted, e->heads + layer * f->c->heads, e->count, e->m, &f->model->heads);
+  if (!e) return;
+  f->ops->score_back(f->queue, f->s->dqkv + e->first * f->qkv, f->qkv, f->s->dk, e->pull,
+                     typed_row(f, acre_tape_q(f->pass->tape, layer), e->first, f->q),
+                     prefix->rotated, e->heads + layer * f->c->heads, e->count, e->m,
+                     &f->model->heads);
 }
 
 /* From dout to dqkv, before RoPE, with all that later passes ask. */

@@ -71,13 +71,12 @@ acre_status acre_back_space_open(acre_back_space *space, const acre_model *model
 void acre_back_space_close(acre_back_space *space);
 size_t acre_back_space_bytes(const acre_model *model, int64_t rows, int64_t prefix);
 
-/* Scoring's part in the loss: `factor` times the mass that rows [first, first + count) of the
- * pass put on the wanted of the first m prefix entries, at the heads in use. */
+/* Scoring's part in the loss: rows [first, first + count) of the pass score the first m prefix
+ * entries at the heads in use, and the loss's derivative by scores[j] is pull[j]. */
 typedef struct acre_evidence {
-  double factor;
   int64_t first, count, m;
-  const uint8_t *wanted; /* host [m] */
-  const uint8_t *heads;  /* host [L, h] */
+  const float *pull;    /* host [m] */
+  const uint8_t *heads; /* host [L, h] */
 } acre_evidence;
 
 typedef struct acre_back_pass {

@@ -3,6 +3,7 @@
 #include "platform.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 /* ---------------------------------------------------------------- checking */
@@ -22,7 +23,7 @@ static acre_status check_sizes(const acre_example *e, acre_error *error) {
     const char *name;
     int64_t value, low, high;
   } limits[] = {{"n (tokens)", e->n, 1, 1 << 26},
-                {"t (tail tokens)", e->t, 0, 1 << 24},
+                {"questions (count)", e->question_count, 0, 1 << 20},
                 {"window", e->window, 1, 1 << 24},
                 {"stride", e->stride, 1, 1 << 24},
                 {"carry", e->carry, 0, e->stride}};
@@ -60,33 +61,49 @@ static acre_status check_intervals(const acre_example *e, acre_error *error) {
   return ACRE_OK;
 }
 
-static acre_status check_weights(const acre_example *e, acre_error *error) {
-  for (int64_t i = 0; e->weights && i < e->n + e->t; ++i) {
-    if (isfinite(e->weights[i]) && e->weights[i] >= 0) continue;
-    return acre_fail(error, ACRE_BAD_VALUE, "weights[%lld]: got %g, expected 0 or more",
-                     (long long)i, (double)e->weights[i]);
+static acre_status check_weights(const char *name, const float *weights, int64_t count,
+                                 acre_error *error) {
+  for (int64_t i = 0; weights && i < count; ++i) {
+    if (isfinite(weights[i]) && weights[i] >= 0) continue;
+    return acre_fail(error, ACRE_BAD_VALUE, "%s[%lld]: got %g, expected 0 or more", name,
+                     (long long)i, (double)weights[i]);
   }
   return ACRE_OK;
 }
 
-static acre_status check_evidence(const acre_example *e, const acre_model *model,
+static acre_status check_question(const acre_example *e, int64_t index, int64_t vocab,
                                   acre_error *error) {
-  if (!e->evidence) return ACRE_OK;
-  if (e->first < 0 || e->first >= e->last || e->last > e->t) {
+  const acre_question *q = &e->questions[index];
+  char name[64];
+  if (q->t < 1 || q->t > 1 << 24) {
     return acre_fail(error, ACRE_BAD_VALUE,
-                     "query: got [%lld, %lld), expected some of the %lld tail tokens",
-                     (long long)e->first, (long long)e->last, (long long)e->t);
+                     "questions[%lld]: got %lld tokens, expected 1 to %d", (long long)index,
+                     (long long)q->t, 1 << 24);
   }
+  snprintf(name, sizeof name, "questions[%lld]: ids", (long long)index);
+  ACRE_TRY(check_tokens(name, q->ids, q->t, vocab, error));
+  snprintf(name, sizeof name, "questions[%lld]: weights", (long long)index);
+  ACRE_TRY(check_weights(name, q->weights, q->t, error));
+  if (!q->evidence || (q->first >= 0 && q->first < q->last && q->last <= q->t)) {
+    return ACRE_OK;
+  }
+  return acre_fail(error, ACRE_BAD_VALUE,
+                   "questions[%lld]: query: got [%lld, %lld), expected some of its %lld "
+                   "tokens",
+                   (long long)index, (long long)q->first, (long long)q->last,
+                   (long long)q->t);
+}
+
+static acre_status check_scoring(const acre_example *e, const acre_model *model,
+                                 acre_error *error) {
   if (!isfinite(e->evidence_weight) || e->evidence_weight < 0) {
     return acre_fail(error, ACRE_BAD_VALUE, "evidence_weight: got %g, expected 0 or more",
                      e->evidence_weight);
   }
   int64_t used = 0, all = model->config.layers * model->config.heads;
   for (int64_t i = 0; e->heads && i < all; ++i) used += e->heads[i] != 0;
-  if (e->heads && !used) {
-    return acre_fail(error, ACRE_BAD_VALUE, "heads: got none, expected one or more");
-  }
-  return ACRE_OK;
+  if (!e->heads || used) return ACRE_OK;
+  return acre_fail(error, ACRE_BAD_VALUE, "heads: got none, expected one or more");
 }
 
 static acre_status check_example(const acre_example *e, const acre_model *model,
@@ -94,15 +111,17 @@ static acre_status check_example(const acre_example *e, const acre_model *model,
   int64_t vocab = model->config.vocab_size;
   ACRE_TRY(check_sizes(e, error));
   ACRE_TRY(check_tokens("ids", e->ids, e->n, vocab, error));
-  ACRE_TRY(check_tokens("tail", e->tail, e->t, vocab, error));
   ACRE_TRY(check_intervals(e, error));
-  ACRE_TRY(check_weights(e, error));
-  return check_evidence(e, model, error);
+  ACRE_TRY(check_weights("weights", e->weights, e->n, error));
+  for (int64_t i = 0; i < e->question_count; ++i) {
+    ACRE_TRY(check_question(e, i, vocab, error));
+  }
+  return check_scoring(e, model, error);
 }
 
 /* ---------------------------------------------------------------- laying out */
 
-static bool is_tail(const acre_sweep_pass *p) { return p->interval == 0; }
+static bool is_question(const acre_sweep_pass *p) { return p->interval == 0; }
 
 /* Row of token i among the nested rows of its window. */
 static int64_t row_of(const acre_sweep_pass *p, int64_t i) {
@@ -142,24 +161,23 @@ static acre_status lay_window(acre_sweep *s, acre_sweep_pass *p, const acre_exam
                               acre_error *error) {
   acre_nested nested = nested_of(e, p->interval);
   int32_t l1_id = (int32_t)s->model->config.vocab_size;
-  int32_t behind = e->t ? e->tail[0] : -1;
   p->rows = acre_nested_length(&nested, p->first, p->last);
   ACRE_TRY(alloc_pass(p, error));
   acre_nested_fill(&nested, p->ids, e->ids + p->first, p->first, p->last, l1_id);
   for (int64_t i = 0; i < p->rows; ++i) {
     if (p->ids[i] == l1_id) p->l1_rows[p->l1_count++] = (int32_t)i;
   }
-  aim(s, p, p->last < e->n ? e->ids[p->last] : behind, e->weights, p->first + 1);
+  aim(s, p, p->last < e->n ? e->ids[p->last] : -1, e->weights, p->first + 1);
   return ACRE_OK;
 }
 
-static acre_status lay_tail(acre_sweep *s, acre_sweep_pass *p, const acre_example *e,
-                            acre_error *error) {
+static acre_status lay_question(acre_sweep *s, acre_sweep_pass *p, const acre_example *e,
+                                const acre_question *q, acre_error *error) {
   p->first = p->last = e->n;
-  p->rows = e->t;
+  p->rows = q->t;
   ACRE_TRY(alloc_pass(p, error));
-  memcpy(p->ids, e->tail, (size_t)e->t * sizeof *p->ids);
-  aim(s, p, -1, e->weights, e->n + 1);
+  memcpy(p->ids, q->ids, (size_t)q->t * sizeof *p->ids);
+  aim(s, p, -1, q->weights, 1);
   return ACRE_OK;
 }
 
@@ -199,11 +217,11 @@ static acre_status lay_middle(acre_sweep *s, int64_t index, const acre_example *
   acre_nested nested = nested_of(e, 1);
   int64_t from = acre_max(p->first - e->carry, 0), to = p->first;
   int64_t full = acre_nested_windows(&nested, e->n), extra = 0;
-  const acre_sweep_pass *partial = is_tail(p) && full < index ? &s->passes[full] : NULL;
-  if (is_tail(p)) {
+  bool partial = full < e->windows;
+  if (is_question(p)) {
     to = acre_nested_closed(&nested, e->n);
     from = orphans_from(s, full);
-    extra = partial ? partial->rows : 0;
+    extra = partial ? s->passes[full].rows : 0;
   }
   p->seen = p->m;
   p->spans = acre_alloc((size_t)acre_max(to - from + extra, 1) * sizeof *p->spans);
@@ -215,7 +233,8 @@ static acre_status lay_middle(acre_sweep *s, int64_t index, const acre_example *
   return acre_fail(error, ACRE_TOO_LONG,
                    "example: %s %lld needs %lld positions (%lld L1 entries + %lld others + "
                    "%lld rows), the model has %lld",
-                   is_tail(p) ? "tail behind window" : "window", (long long)index,
+                   is_question(p) ? "a question behind window" : "window",
+                   (long long)(is_question(p) ? e->windows - 1 : index),
                    (long long)(p->seen + p->rows), (long long)p->m,
                    (long long)(p->seen - p->m), (long long)p->rows, (long long)w_max);
 }
@@ -233,7 +252,7 @@ static acre_status lay_passes(acre_sweep *s, const acre_example *e, acre_error *
       ACRE_TRY(lay_window(s, p, e, error));
       p->joined = i < full ? p->l1_count : 0;
     } else {
-      ACRE_TRY(lay_tail(s, p, e, error));
+      ACRE_TRY(lay_question(s, p, e, &e->questions[i - e->windows], error));
     }
     m += p->joined;
     ACRE_TRY(lay_middle(s, i, e, error));
@@ -245,43 +264,51 @@ static acre_status lay_passes(acre_sweep *s, const acre_example *e, acre_error *
   return ACRE_OK;
 }
 
-/* wanted[j] for every L1 entry: whether the tokens since the one before hold evidence. */
-static void want(acre_sweep *s, const acre_example *e) {
-  int64_t j = 0;
-  bool wanted = false;
+/* The pull's first meaning, a mean over the L1 entries whose tokens, those since the one
+ * before, hold evidence; false where there are none: all of it lies behind the last entry. */
+static bool aim_pull(const acre_sweep *s, float *pull, const uint8_t *evidence) {
+  int64_t j = 0, wanted = 0;
+  bool held = false;
   for (int64_t w = 0; j < s->m; ++w) {
     const acre_sweep_pass *p = &s->passes[w];
     for (int64_t i = p->first; i < p->last && j < s->m; ++i) {
-      wanted |= e->evidence[i] != 0;
+      held |= evidence[i] != 0;
       if ((i + 1) % p->interval) continue;
-      s->wanted[j++] = wanted;
-      wanted = false;
+      pull[j++] = held ? 1.0f : 0.0f;
+      wanted += held;
+      held = false;
     }
   }
+  for (j = 0; j < s->m && wanted; ++j) pull[j] /= (float)wanted;
+  return wanted > 0;
 }
 
-static acre_status lay_evidence(acre_sweep *s, const acre_example *e, acre_error *error) {
+static acre_status lay_evidence(acre_sweep *s, acre_sweep_pass *p, const acre_question *q,
+                                acre_error *error) {
+  if (!q->evidence || !s->m) return ACRE_OK;
+  p->pull = acre_alloc((size_t)s->m * sizeof *p->pull);
+  if (!p->pull) return out_of_memory(error);
+  if (!aim_pull(s, p->pull, q->evidence)) return ACRE_OK;
+  p->evidence = (acre_evidence){q->first, q->last - q->first, s->m, p->pull, s->heads};
+  if (s->scores) return ACRE_OK;
+  return s->model->backend->ops->alloc(s->model->backend, &s->scores,
+                                       (size_t)s->m * sizeof(float), error);
+}
+
+static acre_status lay_scoring(acre_sweep *s, const acre_example *e, acre_error *error) {
   const acre_model_config *c = &s->model->config;
   size_t all = (size_t)(c->layers * c->heads);
-  s->result.evidence = NAN;
-  if (!e->evidence || !s->m) return ACRE_OK;
-  s->wanted = acre_alloc_zero((size_t)s->m);
   s->heads = acre_alloc_zero(all);
-  if (!s->wanted || !s->heads) return out_of_memory(error);
-  ACRE_TRY(s->model->backend->ops->alloc(s->model->backend, &s->scores,
-                                         (size_t)s->m * sizeof(float), error));
-  want(s, e);
+  if (!s->heads) return out_of_memory(error);
   if (e->heads) {
-    memcpy(s->heads, e->heads, all);
+    for (size_t i = 0; i < all; ++i) s->heads[i] = e->heads[i] != 0;
   } else {
     memset(s->heads + (c->layers - 1) * c->heads, 1, (size_t)c->heads);
   }
   s->evidence_weight = e->evidence_weight;
-  s->evidence = (acre_evidence){.first = e->first,
-                                .count = e->last - e->first,
-                                .m = s->m,
-                                .wanted = s->wanted,
-                                .heads = s->heads};
+  for (int64_t i = 0; i < e->question_count; ++i) {
+    ACRE_TRY(lay_evidence(s, &s->passes[e->windows + i], &e->questions[i], error));
+  }
   return ACRE_OK;
 }
 
@@ -304,11 +331,11 @@ acre_status acre_sweep_open(acre_sweep *s, acre_model *model, acre_tape_shelf *s
   s->model = model;
   s->shelf = shelf;
   s->gradients = gradients;
-  s->count = example->windows + (example->t > 0);
+  s->count = example->windows + example->question_count;
   s->passes = acre_alloc_zero((size_t)s->count * sizeof *s->passes);
   if (!s->passes) return out_of_memory(error);
   acre_status status = lay_passes(s, example, error);
-  if (status == ACRE_OK) status = lay_evidence(s, example, error);
+  if (status == ACRE_OK) status = lay_scoring(s, example, error);
   if (status == ACRE_OK) status = open_memory(s, error);
   if (status != ACRE_OK) acre_sweep_close(s);
   return status;
@@ -319,7 +346,8 @@ static void close_pass(acre_sweep *s, acre_sweep_pass *p) {
   acre_kv_gradients_close(&p->kv);
   acre_free(p->ids);
   acre_free(p->spans);
-  p->ids = NULL, p->spans = NULL;
+  acre_free(p->pull);
+  p->ids = NULL, p->spans = NULL, p->pull = NULL;
 }
 
 void acre_sweep_close(acre_sweep *s) {
@@ -331,7 +359,6 @@ void acre_sweep_close(acre_sweep *s) {
   acre_free(s->passes);
   acre_free(s->spans);
   acre_free(s->losses);
-  acre_free(s->wanted);
   acre_free(s->heads);
   memset(s, 0, sizeof *s);
 }
@@ -379,7 +406,9 @@ static void place(acre_sweep *s, acre_queue *queue, const acre_sweep_span *spans
 
 /* Makes the prefix what pass p sees: its L1 entries are there. */
 static void set_middle(acre_sweep *s, acre_queue *queue, const acre_sweep_pass *p) {
-  place(s, queue, p->spans, p->span_count, p->m, p->seen - p->m);
+  bool placed = s->placed && is_question(p);
+  if (!placed) place(s, queue, p->spans, p->span_count, p->m, p->seen - p->m);
+  s->placed = is_question(p);
   s->prefix.count = p->seen;
 }
 
@@ -402,6 +431,7 @@ static acre_status join(acre_sweep *s, acre_queue *queue, int64_t index,
 
 typedef struct scorer {
   const acre_sweep *sweep;
+  const acre_evidence *evidence;
   acre_queue *queue;
 } scorer;
 
@@ -410,7 +440,7 @@ static void score_evidence(void *context, int64_t layer, bool rotated, const flo
   (void)rows;
   const scorer *to = context;
   const acre_sweep *s = to->sweep;
-  const acre_evidence *e = &s->evidence;
+  const acre_evidence *e = to->evidence;
   const uint8_t *use = e->heads + layer * s->model->config.heads;
   if (!rotated || !memchr(use, 1, (size_t)s->model->config.heads)) return;
   s->model->backend->ops->score(to->queue, acre_buffer_data(s->scores),
@@ -419,28 +449,28 @@ static void score_evidence(void *context, int64_t layer, bool rotated, const flo
                                 e->count, e->m, &s->model->heads);
 }
 
-#define LEAST_SHARE 1e-6 /* where the evidence gets less, its pull grows no further */
+#define LEAST_SHARE 1e-6 /* where an entry gets less, its pull grows no further */
 
-/* The evidence's share of the mass, and the loss's derivative by its mass. */
-static acre_status settle_evidence(acre_sweep *s, acre_queue *queue, acre_error *error) {
+/* The pass has scored: its share of the mass on evidence, and the pulls. */
+static acre_status settle_evidence(acre_sweep *s, acre_sweep_pass *p, acre_queue *queue,
+                                   acre_error *error) {
   const acre_backend_ops *ops = s->model->backend->ops;
   size_t bytes = (size_t)s->m * sizeof(float);
   float *scores = acre_alloc(bytes);
   if (!scores) return out_of_memory(error);
   ops->download(queue, scores, acre_buffer_data(s->scores), bytes);
   double all = 0.0, wanted = 0.0;
-  bool any = false;
   for (int64_t j = 0; j < s->m; ++j) {
     all += (double)scores[j];
-    if (s->wanted[j]) wanted += (double)scores[j], any = true;
+    if (p->pull[j] > 0) wanted += (double)scores[j];
+  }
+  for (int64_t j = 0; j < s->m; ++j) {
+    double mass = fmax((double)scores[j], LEAST_SHARE * all);
+    p->pull[j] = (float)(-s->evidence_weight * (double)p->pull[j] / mass);
   }
   acre_free(scores);
-  if (!any) {
-    s->evidence.m = 0; /* all of it lies in the partial window: nothing to ask for */
-    return ACRE_OK;
-  }
-  s->result.evidence = wanted / all;
-  s->evidence.factor = -s->evidence_weight / fmax(wanted, LEAST_SHARE * all);
+  s->result.evidence += wanted / all;
+  ++s->result.known;
   return ACRE_OK;
 }
 
@@ -456,7 +486,7 @@ static void add_losses(acre_sweep *s, acre_workspace *workspace, const acre_swee
 static acre_status read_pass(acre_sweep *s, int64_t index, acre_workspace *workspace,
                              acre_error *error) {
   acre_sweep_pass *p = &s->passes[index];
-  scorer to = {s, workspace->queue};
+  scorer to = {s, &p->evidence, workspace->queue};
   ACRE_TRY(s->gradients ? acre_tape_take(&p->tape, s->shelf, s->model, p->rows, error)
                         : acre_tape_open(&p->tape, s->model, p->rows, false, error));
   set_middle(s, workspace->queue, p);
@@ -467,10 +497,14 @@ static acre_status read_pass(acre_sweep *s, int64_t index, acre_workspace *works
                     .own = &p->tape.own,
                     .layers = s->model->config.layers,
                     .tape = s->gradients ? &p->tape : NULL};
-  bool scored = is_tail(p) && s->evidence.m;
-  if (scored) pass.probe = (acre_probe){score_evidence, &to};
+  bool scored = p->evidence.pull != NULL;
+  if (scored) {
+    s->model->backend->ops->clear(workspace->queue, acre_buffer_data(s->scores),
+                                  (size_t)s->m * sizeof(float));
+    pass.probe = (acre_probe){score_evidence, &to};
+  }
   acre_forward(s->model, workspace, &pass);
-  if (scored) ACRE_TRY(settle_evidence(s, workspace->queue, error));
+  if (scored) ACRE_TRY(settle_evidence(s, p, workspace->queue, error));
   if (!s->gradients) add_losses(s, workspace, p);
   ACRE_TRY(join(s, workspace->queue, index, error));
   return s->model->backend->ops->sync(workspace->queue, error);
@@ -512,7 +546,7 @@ static acre_status go_back(acre_sweep *s, int64_t index, const acre_reverse *rev
                            .origins = origins,
                            .origin_count = p->span_count,
                            .own = &p->kv,
-                           .evidence = is_tail(p) ? &s->evidence : NULL};
+                           .evidence = p->evidence.pull ? &p->evidence : NULL};
     s->result.loss += acre_backward(s->model, reverse, workspace, space, &pass, gradients);
     status = s->model->backend->ops->sync(workspace->queue, error);
   }

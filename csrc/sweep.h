@@ -1,11 +1,11 @@
 /* A sweep: one training example under way, its passes read in order and then gone back through
  * (METHOD.md, section 6).
  *
- * A pass is a window, or the tail: question and answer. What a pass sees beside itself lies in
- * one prefix timeline, [L1 entries | middle], the middle being rows of earlier passes: carried
- * tokens, and for the tail the orphans and the partial window. So the way back needs to know
- * nothing of windows: gradients of L1 entries wait in one array until the pass that made them,
- * those of middle rows in one of the pass that they belong to. */
+ * A pass is a window, or behind them a question with its answer. What a pass sees beside itself
+ * lies in one prefix timeline, [L1 entries | middle], the middle being rows of windows: carried
+ * tokens, and for questions, alike for all of them, the orphans and the partial window. So the
+ * way back needs to know nothing of windows: gradients of L1 entries wait in one array until
+ * the pass that made them, those of middle rows in one of the pass that they belong to. */
 #ifndef ACRE_SWEEP_H
 #define ACRE_SWEEP_H
 
@@ -19,8 +19,8 @@ typedef struct acre_sweep_span {
 } acre_sweep_span;
 
 typedef struct acre_sweep_pass {
-  int64_t first, last; /* tokens of the text; of the tail first == last == n */
-  int64_t interval;    /* l of a window; 0 for the tail */
+  int64_t first, last; /* tokens of the text; of a question first == last == n */
+  int64_t interval;    /* l of a window; 0 for a question */
   int64_t rows;
   int64_t m;              /* L1 entries of earlier, closed windows */
   int64_t joined;         /* L1 entries that it adds: those of its L1 tokens if it closes */
@@ -32,7 +32,9 @@ typedef struct acre_sweep_pass {
   acre_sweep_span *spans; /* the middle */
   int64_t span_count;
   acre_tape tape;
-  acre_kv_gradients kv; /* open while later passes may ask something of its rows */
+  acre_kv_gradients kv;   /* open while later passes may ask something of its rows */
+  acre_evidence evidence; /* pull NULL: none */
+  float *pull;            /* [m]: 1 / their number at evidence's entries, then the pull */
 } acre_sweep_pass;
 
 typedef struct acre_sweep {
@@ -46,13 +48,13 @@ typedef struct acre_sweep {
   int64_t seen;       /* most prefix entries that a pass sees */
   acre_timeline prefix;
   acre_kv_gradients l1;
-  acre_span *spans;       /* enough for any one move */
-  acre_loss loss;         /* where no gradients are asked for */
-  float *losses;          /* [longest] on the host */
-  acre_evidence evidence; /* heads NULL: none */
-  uint8_t *wanted, *heads;
+  acre_span *spans; /* enough for any one move */
+  acre_loss loss;   /* where no gradients are asked for */
+  float *losses;    /* [longest] on the host */
+  uint8_t *heads;   /* [L, h] */
   double evidence_weight;
-  acre_buffer *scores; /* [m] */
+  acre_buffer *scores; /* [m]; NULL: no question has evidence */
+  bool placed;         /* the prefix holds what questions see */
   acre_example_result result;
 } acre_sweep;
 

@@ -34,7 +34,6 @@ static void lay_out(acre_tape *tape, const acre_model *model, int64_t rows) {
   tape->q = block + s.x + s.lse;
   tape->attended = tape->q + s.heads;
   tape->own.count = 0;
-  tape->layers = c->layers;
   tape->hidden = c->hidden;
   tape->heads = c->heads;
   tape->width = c->heads * c->head_dim;

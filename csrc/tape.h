@@ -11,7 +11,7 @@
 #include "timeline.h"
 
 typedef struct acre_tape {
-  int64_t rows, capacity, layers;
+  int64_t rows, capacity;
   int64_t hidden, heads, width; /* of one row: x, lse, q */
   size_t unit;                  /* bytes of one number of T */
   acre_timeline own;            /* the pass's keys and values: raw, rotated, values */

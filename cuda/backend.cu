@@ -1,6 +1,7 @@
 /* The CUDA backend's table, and how a device is opened or refused. */
 #include "gemm.h"
 #include "sm80/sm80.h"
+#include "sm90/attend.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -63,16 +64,17 @@ void destroy(acre_backend *base) {
   leave(owner);
 }
 
-/* What every chip can do; kernels for some chips take the places of these here, once, by the
- * chip's capability. */
-void choose_for(acre_backend_ops *ops, const limits &chip) {
-  if (chip.major >= 8) {
-    ops->attend = acre_sm80_attend;
-    ops->attend_back = acre_sm80_attend_back;
+/* Kernels for some chips take the places of the plain ones here, once, by what the chip can
+ * do: those of a later chip over those of an earlier one, to which they leave the rest. */
+void choose_for(acre_backend_ops *ops, const backend *owner) {
+  if (owner->chip.major >= 8) {
+    ops->attend = acre_cuda_sm80_attend;
+    ops->attend_back = acre_cuda_sm80_attend_back;
   }
+  if (owner->tensor_maps) ops->attend = acre_cuda_sm90_attend;
 }
 
-acre_backend_ops operations_for(const limits &chip) {
+acre_backend_ops operations_for(const backend *owner) {
   acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
@@ -113,7 +115,7 @@ acre_backend_ops operations_for(const limits &chip) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
-  choose_for(&ops, chip);
+  choose_for(&ops, owner);
   return ops;
 }
 
@@ -197,7 +199,9 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
       size_or(options.workspace_bytes, WORKSPACE_BYTES, WORKSPACE_LEAST);
   owner->staging_bytes = size_or(options.staging_bytes, STAGING_BYTES, STAGING_LEAST);
   snprintf(owner->isa, sizeof owner->isa, "sm_%d%d", owner->chip.major, owner->chip.minor);
-  owner->ops = operations_for(owner->chip);
+  if (owner->chip.major == 9 && owner->chip.minor == 0)
+    owner->tensor_maps = sm90::find_tensor_maps();
+  owner->ops = operations_for(owner);
   owner->base.ops = &owner->ops;
   owner->base.isa = owner->isa;
   owner->base.threads = 1;

@@ -65,6 +65,8 @@ struct backend {
   int64_t references;
   size_t workspace_bytes, staging_bytes;
   acre_gemm_library *gemm;
+  void
+      *tensor_maps; /* the driver's cuTensorMapEncodeTiled, where kernels use it; or NULL */
   acre_mutex *loading; /* of `loader` */
   acre_queue *loader;  /* for what comes without a queue: zeroing, weights */
   char isa[32];
@@ -289,10 +291,10 @@ void acre_cuda_attend_back(acre_queue *, float *dqkv, float *dk, float *dv, floa
 void acre_cuda_score(acre_queue *, float *scores, const float *q, int64_t q_stride,
                      const void *keys, const uint8_t *use, int64_t t, int64_t m,
                      const acre_heads *);
-void acre_cuda_score_back(acre_queue *, float *dq, int64_t dq_stride, float *dk,
-                          float factor, const void *q, const void *keys,
-                          const uint8_t *wanted, const uint8_t *use, int64_t t, int64_t m,
-                          const acre_heads *);
+void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float *dk,
+                          const float *pull, const void *q, const void *keys,
+                          const uint8_t *use, int64_t t, int64_t m,
+                          const acre_heads *heads);
 /* optimiser.cu */
 void acre_cuda_sum_squares(acre_queue *, double *out, const float *x, int64_t n);
 void acre_cuda_adamw(acre_queue *, float *w, float *first, float *second,

@@ -21,32 +21,8 @@ struct score_call {
   float scale;
 };
 
-constexpr int A = 0, B = A + ITEMS * PITCH, SUMS = B + TILE * PITCH,
-              FLOATS = SUMS + WARPS * TILE;
+constexpr int SUMS = SCORED_END, FLOATS = SUMS + WARPS * TILE;
 constexpr size_t SHARED = FLOATS * sizeof(float);
-
-/* Logits, as powers of two, of the block's items with the keys from `key` on. */
-template <class T>
-__device__ int dot_tile(const score_call<T> &a, float (&s)[OWN_ITEMS], int kv, int item,
-                        int items, int64_t key, float *memory) {
-  int count = (int)min((int64_t)TILE, a.m - key);
-  const T *keys = a.keys + (key * a.kv_heads + kv) * a.d;
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] = 0.0f;
-  for (int first = 0; first < a.d; first += CHUNK) {
-    __syncthreads();
-    load_items<T>(memory + A, PITCH, a.q, a.q_stride, a.map, kv, item, items, first, a.d);
-    load_keys(memory + B, keys, (int64_t)a.kv_heads * a.d, count, first, a.d);
-    __syncthreads();
-    dot_chunk(s, memory + A, PITCH, memory + B);
-  }
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] *= a.scale;
-  return count;
-}
-
-template <class T>
-__device__ float *measure_of(const score_call<T> &a, int kv, int item) {
-  return a.measures + ((int64_t)a.map.rows * a.map.start[kv] + item) * MEASURES;
-}
 
 template <class T>
 __global__ __launch_bounds__(TILE_THREADS,
@@ -62,7 +38,7 @@ __global__ __launch_bounds__(TILE_THREADS,
     for (int r = 0; r < OWN_ITEMS; r++) now[r] = running{-INFINITY, 0.0f};
     for (int64_t key = 0; key < a.m; key += TILE) {
       float s[OWN_ITEMS];
-      int count = dot_tile(a, s, kv, item, items, key, memory);
+      int count = dot_tile<T>(a, s, kv, item, items, key, memory);
 #pragma unroll
       for (int r = 0; r < OWN_ITEMS; r++) {
         float x = lane < count ? s[r] : -INFINITY;
@@ -92,7 +68,7 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void add_kernel(score_ca
       for (int item = 0; item < a.map.count(kv); item += ITEMS) {
         int items = min(ITEMS, a.map.count(kv) - item);
         float s[OWN_ITEMS];
-        dot_tile(a, s, kv, item, items, b * TILE, memory);
+        dot_tile<T>(a, s, kv, item, items, b * TILE, memory);
         for (int r = 0; r < OWN_ITEMS; r++) {
           if (own_item(r) >= items) continue;
           const float *measure = measure_of(a, kv, item + own_item(r));
@@ -113,11 +89,11 @@ __global__ __launch_bounds__(TILE_THREADS, TILE_BLOCKS) void add_kernel(score_ca
 
 }  // namespace
 
-score_space score_space_open(acre_queue *queue, const uint8_t *use, const uint8_t *wanted,
+score_space score_space_open(acre_queue *queue, const uint8_t *use, const float *pull,
                              int64_t t, int64_t m, const acre_heads *heads) {
   int64_t h = heads->heads, g = heads->kv_heads, group = h / g;
   int64_t fixed = acre_round_up((g + 1 + h) * (int64_t)sizeof(int32_t), 16);
-  if (wanted) fixed += acre_round_up(m, 16);
+  if (pull) fixed += acre_round_up(m * (int64_t)sizeof(float), 16);
   score_space space = {};
   for (int64_t i = 0; i < h; i++) space.used += use[i] != 0;
   int64_t each = space.used * MEASURES * (int64_t)sizeof(float);
@@ -139,9 +115,9 @@ score_space score_space_open(acre_queue *queue, const uint8_t *use, const uint8_
     space.most = acre_max(space.most, used - before);
   }
   starts.add((int32_t)used);
-  if (wanted) {
-    space.wanted = (uint8_t *)memory + acre_round_up((g + 1 + h) * 4, 16);
-    send(queue, space.wanted, wanted, (size_t)m);
+  if (pull) {
+    space.pull = (float *)(memory + acre_round_up((g + 1 + h) * 4, 16));
+    send(queue, space.pull, pull, (size_t)m * sizeof(float));
   }
   return space;
 }

@@ -1,4 +1,4 @@
-/* The gradient of the mass on wanted L1 entries (csrc/cpu/score_back.c has the formulas): a
+/* The way back through scores (csrc/cpu/score_back.c has the formulas): a
  * pass that measures every item, then dq by blocks of items and dk by blocks of keys, each
  * number added up by one thread, in order. All in float32. */
 #include "score.h"
@@ -13,39 +13,17 @@ struct gain_call {
   float *dq, *dk;
   int64_t dq_stride;
   const T *q, *keys;
-  const uint8_t *wanted;
-  int64_t m, row_width, blocks;
+  const float *pull;
+  int64_t m, q_stride, blocks;
   item_map map;
-  float *measures; /* origin, sums of exponentials over the wanted keys and the others */
+  float *measures; /* origin, sums of exponentials p and of p * pull */
   int kv_heads, d, chunks;
-  float scale, factor;
+  float scale, root;
 };
 
-constexpr int A = 0, B = A + ITEMS * PITCH, S = B + TILE * PITCH,
+constexpr int A = SCORED_ITEMS, B = SCORED_KEYS, S = SCORED_END,
               FLOATS = S + ITEMS * (TILE + 1);
 constexpr size_t SHARED = FLOATS * sizeof(float);
-
-template <class T>
-__device__ float *measure_of(const gain_call<T> &a, int kv, int item) {
-  return a.measures + ((int64_t)a.map.rows * a.map.start[kv] + item) * MEASURES;
-}
-
-template <class T>
-__device__ int dot_tile(const gain_call<T> &a, float (&s)[OWN_ITEMS], int kv, int item,
-                        int items, int64_t key, float *memory) {
-  int count = (int)min((int64_t)TILE, a.m - key);
-  const T *keys = a.keys + (key * a.kv_heads + kv) * a.d;
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] = 0.0f;
-  for (int first = 0; first < a.d; first += CHUNK) {
-    __syncthreads();
-    load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, first, a.d);
-    load_keys(memory + B, keys, (int64_t)a.kv_heads * a.d, count, first, a.d);
-    __syncthreads();
-    dot_chunk(s, memory + A, PITCH, memory + B);
-  }
-  for (int r = 0; r < OWN_ITEMS; r++) s[r] *= a.scale;
-  return count;
-}
 
 template <class T>
 __global__ __launch_bounds__(TILE_THREADS,
@@ -57,47 +35,46 @@ __global__ __launch_bounds__(TILE_THREADS,
     int item = (int)(b / a.kv_heads) * ITEMS;
     int items = min(ITEMS, a.map.count(kv) - item);
     if (items <= 0) continue;
-    float origin[OWN_ITEMS], in[OWN_ITEMS] = {0.0f}, others[OWN_ITEMS] = {0.0f};
+    float origin[OWN_ITEMS], sum[OWN_ITEMS] = {0.0f}, pulled[OWN_ITEMS] = {0.0f};
     for (int r = 0; r < OWN_ITEMS; r++) origin[r] = -INFINITY;
     for (int64_t key = 0; key < a.m; key += TILE) {
       float s[OWN_ITEMS];
-      int count = dot_tile(a, s, kv, item, items, key, memory);
-      bool wanted = lane < count && a.wanted[key + lane];
+      int count = dot_tile<T>(a, s, kv, item, items, key, memory);
+      float pull = lane < count ? a.pull[key + lane] : 0.0f;
 #pragma unroll
       for (int r = 0; r < OWN_ITEMS; r++) {
         float x = lane < count ? s[r] : -INFINITY;
         float later = fmaxf(origin[r], ceilf(warp_reduce(x, most())));
         float weight = lane < count ? exp2f(x - later) : 0.0f;
         float by = rescale(origin[r], later);
-        in[r] = in[r] * by + warp_reduce(wanted ? weight : 0.0f, add());
-        others[r] = others[r] * by + warp_reduce(wanted ? 0.0f : weight, add());
+        sum[r] = sum[r] * by + warp_reduce(weight, add());
+        pulled[r] = pulled[r] * by + warp_reduce(weight * pull, add());
         origin[r] = later;
       }
     }
     for (int r = 0; r < OWN_ITEMS; r++) {
       if (lane || own_item(r) >= items) continue;
       float *measure = measure_of(a, kv, item + own_item(r));
-      measure[0] = origin[r], measure[1] = in[r], measure[2] = others[r];
+      measure[0] = origin[r], measure[1] = sum[r], measure[2] = pulled[r];
     }
   }
 }
 
-/* The gradient by every logit of a meeting, times the factor, to shared memory. */
+/* The gradient by every logit of a meeting, to shared memory. */
 template <class T>
 __device__ int logit_gradients(const gain_call<T> &a, int kv, int item, int items,
                                int64_t key, float *memory) {
   float s[OWN_ITEMS];
   int lane = (int)threadIdx.x % WARP;
-  int count = dot_tile(a, s, kv, item, items, key, memory);
-  bool wanted = lane < count && a.wanted[key + lane];
+  int count = dot_tile<T>(a, s, kv, item, items, key, memory);
+  float pull = lane < count ? a.pull[key + lane] : 0.0f;
 #pragma unroll
   for (int r = 0; r < OWN_ITEMS; r++) {
     float gradient = 0.0f;
     if (lane < count && own_item(r) < items) {
       const float *measure = measure_of(a, kv, item + own_item(r));
-      float whole = 1.0f / (measure[1] + measure[2]);
-      float by = (wanted ? measure[2] : -measure[1]) * whole;
-      gradient = exp2f(s[r] - measure[0]) * (whole * a.factor) * by;
+      float whole = 1.0f / measure[1];
+      gradient = exp2f(s[r] - measure[0]) * (whole * a.root) * (pull - measure[2] * whole);
     }
     memory[S + own_item(r) * (TILE + 1) + lane] = gradient;
   }
@@ -147,8 +124,7 @@ __global__ __launch_bounds__(TILE_THREADS,
     for (int item = 0; item < a.map.count(kv); item += ITEMS) {
       int items = min(ITEMS, a.map.count(kv) - item);
       count = logit_gradients(a, kv, item, items, key, memory);
-      load_items<T>(memory + A, PITCH, a.q, a.row_width, a.map, kv, item, items, chunk,
-                    a.d);
+      load_items<T>(memory + A, PITCH, a.q, a.q_stride, a.map, kv, item, items, chunk, a.d);
       __syncthreads();
       add_items(sum, memory + S, memory + A, items);
       __syncthreads();
@@ -166,26 +142,26 @@ __global__ __launch_bounds__(TILE_THREADS,
 }  // namespace acre
 
 void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float *dk,
-                          float factor, const void *q, const void *keys,
-                          const uint8_t *wanted, const uint8_t *use, int64_t t, int64_t m,
+                          const float *pull, const void *q, const void *keys,
+                          const uint8_t *use, int64_t t, int64_t m,
                           const acre_heads *heads) {
   using namespace acre;
   if (t <= 0 || m <= 0) return;
-  score_space space = score_space_open(queue, use, wanted, t, m, heads);
+  score_space space = score_space_open(queue, use, pull, t, m, heads);
   if (!space.rows) return;
   for_dtype(heads->dtype, [&](auto zero) {
     using T = decltype(zero);
     gain_call<T> a = {};
     a.dk = dk, a.dq_stride = dq_stride, a.keys = (const T *)keys, a.m = m;
-    a.wanted = space.wanted, a.measures = space.measures;
+    a.pull = space.pull, a.measures = space.measures;
     a.kv_heads = (int)heads->kv_heads, a.d = (int)heads->head_dim;
-    a.chunks = (a.d + CHUNK - 1) / CHUNK, a.row_width = heads->heads * a.d;
+    a.chunks = (a.d + CHUNK - 1) / CHUNK, a.q_stride = heads->heads * a.d;
     a.scale = (float)((double)LOG2E / sqrt((double)a.d));
-    a.factor = factor / sqrtf((float)a.d);
+    a.root = 1.0f / sqrtf((float)a.d);
     for (int64_t row = 0; row < t; row += space.rows) {
       int64_t rows = acre_min(space.rows, t - row);
       int64_t blocks = acre_ceil_div(rows * space.most, ITEMS) * a.kv_heads;
-      a.q = (const T *)q + row * a.row_width, a.dq = dq + row * dq_stride;
+      a.q = (const T *)q + row * a.q_stride, a.dq = dq + row * dq_stride;
       a.map = item_map{(int)rows, 0, space.list, space.start};
       a.blocks = blocks;
       ACRE_LAUNCH(queue, gain_measure_kernel<T>, a.blocks, TILE_THREADS, SHARED, a);

@@ -47,20 +47,18 @@ class Example(NamedTuple):
     window: int
     stride: int
     carry: int = 0
-    tail: np.ndarray | None = None
     weights: np.ndarray | None = None
-    evidence: np.ndarray | None = None
-    query: tuple[int, int] | None = None
+    questions: tuple[tuple, ...] = ()  # (ids, weights, query, evidence)
     heads: np.ndarray | None = None
     evidence_weight: float = 0.0
 
     def torch(self, method: TorchMethod) -> tuple[Any, dict[str, float]]:
         """(what is minimised, the figures that `accumulate` returns)."""
-        loss, weight, share = method.example(*self[:-1])
-        figures = {"loss": loss.item(), "weight": weight, "evidence": math.nan}
-        if share is not None:
-            figures["evidence"] = share.item()
-            loss = loss - self.evidence_weight * torch.log(share)
+        loss, weight, shares = method.example(*self[:-1])
+        figures = {"loss": loss.item(), "weight": weight, "known": len(shares)}
+        figures["evidence"] = sum(share.sum().item() for share in shares)
+        for share in shares:
+            loss = loss - self.evidence_weight * torch.log(share).mean()
         return loss, figures
 
     def acre(self, trainer: Any, gradients: bool = True) -> dict[str, float]:
@@ -79,6 +77,7 @@ def example(
     weighted: bool = True,
     evidence_weight: float = 0.0,
     heads: bool = False,
+    more: int = 0,
 ) -> Example:
     """A random text of these sizes, of a random interval per window."""
     rng = np.random.default_rng(rng)
@@ -86,22 +85,36 @@ def example(
     made = Example(
         tiny.ids(rng, n), rng.choice(INTERVALS, count).tolist(), window, stride, carry
     )
-    if t:
-        made = made._replace(tail=tiny.ids(rng, t))
     if weighted:
-        kept = rng.random(n + t) < 0.7
-        made = made._replace(weights=(rng.random(n + t) * kept).astype(np.float32))
-    ends = first_ends(made)
-    if t and evidence_weight and len(ends):
-        evidence = rng.random(n) < 0.1
-        evidence[rng.choice(ends)] = True
-        first, last = sorted(rng.choice(t + 1, 2, replace=False).tolist())
-        made = made._replace(
-            evidence=evidence, query=(first, last), evidence_weight=evidence_weight
-        )
-        if heads:
-            made = made._replace(heads=np.array([[0, 1, 0, 1], [1, 0, 0, 0]], bool))
+        made = made._replace(weights=drawn_weights(rng, n))
+    ends = first_ends(made) if evidence_weight else np.zeros(0, int)
+    asked = [
+        question(rng, int(size), n, weighted, ends)
+        for size in ([t] if t else []) + rng.integers(1, 9, more).tolist()
+    ]
+    made = made._replace(questions=tuple(asked), evidence_weight=evidence_weight)
+    if heads:
+        made = made._replace(heads=np.array([[0, 1, 0, 1], [1, 0, 0, 0]], bool))
     return made
+
+
+def drawn_weights(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Weights of which some are 0."""
+    return (rng.random(n) * (rng.random(n) < 0.7)).astype(np.float32)
+
+
+def question(
+    rng: np.random.Generator, t: int, n: int, weighted: bool, ends: np.ndarray
+) -> tuple:
+    """A question of t random tokens; its evidence holds one of `ends`, if there are
+    any."""
+    ids, weights = tiny.ids(rng, t), drawn_weights(rng, t) if weighted else None
+    if not len(ends):
+        return ids, weights, None, None
+    evidence = rng.random(n) < 0.1
+    evidence[rng.choice(ends)] = True
+    first, last = sorted(rng.choice(t + 1, 2, replace=False).tolist())
+    return ids, weights, (first, last), evidence
 
 
 def first_ends(made: Example) -> np.ndarray:
@@ -119,12 +132,15 @@ EXAMPLES = {
     "carry beyond the first window": example(5, 45, 3, 7, carry=7),
     "one token per window": example(6, 12, 1, 1, carry=1),
     "later windows longer": example(7, 60, 8, 19),
-    "tail": example(8, 47, 16, 8, t=9),
-    "tail only a token": example(9, 33, 16, 8, t=1, weighted=False),
-    "tail on a boundary": example(10, 40, 16, 8, 3, t=6),
-    "tail on one window": example(11, 9, 16, 8, t=6),
+    "question": example(8, 47, 16, 8, t=9),
+    "question of a token": example(9, 33, 16, 8, t=1, weighted=False),
+    "question on a boundary": example(10, 40, 16, 8, 3, t=6),
+    "question on one window": example(11, 9, 16, 8, t=6),
     "evidence": example(12, 59, 16, 11, 0, 8, evidence_weight=4.0),
     "evidence of some heads": example(13, 57, 9, 7, 4, 8, True, 4.0, True),
+    "questions": example(14, 61, 16, 9, 3, 5, more=3),
+    "questions with evidence": example(15, 58, 16, 9, 0, 7, True, 2.0, True, more=4),
+    "questions, nothing recent": example(16, 34, 16, 9, 0, 7, True, 2.0, more=2),
 }
 
 
@@ -143,6 +159,7 @@ def random_examples(count: int, seed: int) -> Iterator[Example]:
             bool(rng.integers(0, 2)),
             float(rng.integers(0, 2)) * 3.0,
             bool(rng.integers(0, 2)),
+            int(rng.integers(0, 3)),
         )
 
 
@@ -241,8 +258,8 @@ def check_figures(ours: dict, theirs: dict, dtype: str) -> None:
     bound = LOSSES[dtype]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=bound, abs=bound)
     assert ours["weight"] == pytest.approx(theirs["weight"], rel=1e-6)
-    share = pytest.approx(theirs["evidence"], rel=5 * bound, nan_ok=True)
-    assert ours["evidence"] == share
+    assert ours["evidence"] == pytest.approx(theirs["evidence"], rel=5 * bound)
+    assert ours["known"] == theirs["known"]
 
 
 def check_errors(found: dict[str, tuple[float, float]], bound: float) -> None:
@@ -279,17 +296,16 @@ def test_gradients_sum_over_examples():
     assert not sides.trainer.read("gradients").any()
 
 
-@pytest.mark.parametrize("name", ["carry", "tail", "evidence"])
+@pytest.mark.parametrize("name", ["carry", "questions", "evidence"])
 def test_only_the_loss(name):
     """gradients=False: the same figures, nothing added."""
     trainer = Sides("llama").trainer
     ours = EXAMPLES[name].acre(trainer, gradients=False)
     assert not trainer.read("gradients").any()
-    assert ours == pytest.approx(EXAMPLES[name].acre(trainer), nan_ok=True)
+    assert ours == pytest.approx(EXAMPLES[name].acre(trainer))
     windows = spans(len(EXAMPLES[name].ids), *EXAMPLES[name][1:4])
-    tail = EXAMPLES[name].tail
     rows = sum(len(nested(span).token) for span in windows)
-    assert ours["rows"] == rows + (0 if tail is None else len(tail))
+    assert ours["rows"] == rows + sum(len(q[0]) for q in EXAMPLES[name].questions)
 
 
 def test_carry_changes_the_loss():
@@ -308,7 +324,7 @@ def steepest(sides: Sides, each: str) -> int:
     return int(np.argmax(np.abs(gradients) * inside))
 
 
-@pytest.mark.parametrize("name", ["odd sizes", "tail"])
+@pytest.mark.parametrize("name", ["odd sizes", "question"])
 def test_gradients_are_differences_of_the_loss(name):
     """acre against itself: a step of one number changes the loss as its gradient says.
 
@@ -383,7 +399,7 @@ def test_twenty_updates_are_those_of_adamw():
     sides = Sides("qwen2")
     options = {"beta1": 0.8, "beta2": 0.97, "eps": 1e-6, "weight_decay": 0.1}
     adam = Adam(sides.method.parameters, **options)
-    examples, norms = [EXAMPLES[n] for n in ("carry", "tail", "evidence")], []
+    examples, norms = [EXAMPLES[n] for n in ("carry", "question", "evidence")], []
     for step in range(1, 21):
         ours, _ = sides.both(examples[step % 3])
         rates = {"lr": 1e-2 * step / 20, "divisor": ours["weight"], "clip": 8.0}

@@ -127,14 +127,14 @@ class Judge(NamedTuple):
     """The evidence term: which rows score which entries with which heads."""
 
     rows: slice
-    wanted: Tensor  # [m], float
+    wanted: Tensor  # [m], bool
     heads: Tensor  # [L, h], bool
 
-    def mass(self, i: int, q: Tensor, keys: Tensor) -> Tensor:
-        """Layer i's attention mass on wanted entries, summed over heads and rows."""
+    def mass(self, i: int, q: Tensor, keys: Tensor, wide: torch.dtype) -> Tensor:
+        """[m] layer i's attention mass, summed over heads and rows."""
         q, keys = q[self.rows, self.heads[i]], keys[: len(self.wanted), self.heads[i]]
         logits = torch.einsum("ihd,jhd->hij", q, keys) / math.sqrt(q.shape[-1])
-        return (logits.to(self.wanted.dtype).softmax(-1) @ self.wanted).sum()
+        return logits.to(wide).softmax(-1).sum((0, 1))
 
 
 class TorchMethod:
@@ -213,7 +213,7 @@ class TorchMethod:
         y = self.norm(x, name + "post_attention_layernorm")
         gate, up = (self.linear(y, f"{name}mlp.{z}_proj") for z in ("gate", "up"))
         x = x + self.linear(functional.silu(gate) * up, name + "mlp.down_proj")
-        return x, k, v, judge.mass(i, q, keys) if judge else None
+        return x, k, v, judge.mass(i, q, keys, self.wide) if judge else None
 
     def place(self, is_l1: np.ndarray, p: int) -> Place:
         """The place of rows behind p entries, at positions p, p + 1, ..."""
@@ -227,7 +227,7 @@ class TorchMethod:
     def run(
         self, rows: Rows, ids: Tensor, past: Entries, judge: Judge | None = None
     ) -> tuple[Tensor, Entries, Tensor | None]:
-        """(hidden states [t, hidden], the rows' entries, the evidence's mass)."""
+        """(hidden states [t, hidden], the rows' entries, the judge's mass [m])."""
         place = self.place(rows.is_l1, len(past.rows.token))
         table = self.tensors["model.embed_tokens.weight"]
         own = self.tensors[EMBEDDING].expand(len(place.l1_rows), -1)
@@ -273,22 +273,26 @@ class TorchMethod:
         window: int,
         stride: int,
         carry: int = 0,
-        tail: Any = None,
         weights: Any = None,
-        evidence: Any = None,
-        query: tuple[int, int] | None = None,
+        questions: Sequence[tuple[Any, Any, Any, Any]] = (),
         heads: Any = None,
-    ) -> tuple[Tensor, float, Tensor | None]:
-        """(sum of weight * nats, sum of weights, share of mass on the evidence)."""
-        reader = Reader(self, ids, () if tail is None else tail, weights)
-        past = reader.read(spans(reader.n, intervals, window, stride), carry)
-        share = None
-        if reader.t:
+    ) -> tuple[Tensor, float, list[Tensor]]:
+        """(sum of weight * nats, sum of weights, the shares of mass that each
+        question's tokens put on each L1 entry of its evidence). A question is (ids,
+        weights, query, evidence)."""
+        text = Reader(self, ids, weights)
+        past = text.read(spans(len(ids), intervals, window, stride), carry)
+        loss, weight, shares = text.loss, text.weight, []
+        for asked, own_weights, query, evidence in questions:
             judge = None
             if evidence is not None:
                 judge = self.judge(past.entries.ends(), evidence, query, heads)
-            share = reader.ask(past, judge)
-        return reader.loss, reader.weight, share
+            reader = Reader(self, asked, own_weights)
+            mass = reader.ask(past, judge)
+            loss, weight = loss + reader.loss, weight + reader.weight
+            if judge is not None and judge.wanted.any():
+                shares.append(mass[judge.wanted] / mass.sum())
+        return loss, weight, shares
 
     def judge(self, ends: Any, evidence: Any, query: Any, heads: Any) -> Judge:
         """The evidence term over the groups that end at `ends`."""
@@ -296,7 +300,7 @@ class TorchMethod:
         use[-1] = True
         if heads is not None:
             use = np.asarray(heads, bool)
-        mask = torch.from_numpy(wanted(ends, evidence)).to(self.wide)
+        mask = torch.from_numpy(wanted(ends, evidence))
         return Judge(slice(*query), mask, torch.from_numpy(use))
 
 
@@ -314,20 +318,19 @@ class Past(NamedTuple):
 
 
 class Reader:
-    """One example under way."""
+    """A text, or a question behind one, under way."""
 
-    def __init__(self, method: TorchMethod, ids: Any, tail: Any, weights: Any):
-        self.method, self.n, self.t = method, len(ids), len(tail)
-        text = np.concatenate([np.asarray(ids), np.asarray(tail)]).astype(np.int64)
-        self.text = torch.from_numpy(text)
-        weights = np.ones(len(text)) if weights is None else weights
+    def __init__(self, method: TorchMethod, ids: Any, weights: Any):
+        self.method = method
+        self.text = torch.from_numpy(np.asarray(ids).astype(np.int64))
+        weights = np.ones(len(self.text)) if weights is None else weights
         self.weights = torch.as_tensor(np.asarray(weights)).to(method.wide)
         self.weight = float(self.weights[1:].sum())
         self.loss: Tensor = torch.zeros((), dtype=method.wide)
 
     def measure(self, hidden: Tensor, rows: Rows) -> None:
         """Adds the losses of the tokens that the rows predict and that count."""
-        targets = rows.targets(self.n + self.t)
+        targets = rows.targets(len(self.text))
         counts = self.weights[torch.from_numpy(targets)].numpy() > 0
         at = np.flatnonzero((targets >= 0) & counts)
         if len(at):
@@ -356,13 +359,10 @@ class Reader:
         return Past(past.compact(past.orphans()), recent)
 
     def ask(self, past: Past, judge: Judge | None) -> Tensor | None:
-        """Reads the tail; gives the share of mass on the evidence."""
-        token = np.arange(self.n, self.n + self.t)
-        rows = Rows(token, np.zeros(self.t, bool))
+        """Reads the question; gives the mass that the judge finds on each L1 entry."""
+        t = len(self.text)
+        rows = Rows(np.arange(t), np.zeros(t, bool))
         seen = past.entries.join(past.recent)
-        hidden, _, mass = self.method.run(rows, self.text[self.n :], seen, judge)
+        hidden, _, mass = self.method.run(rows, self.text, seen, judge)
         self.measure(hidden, rows)
-        if judge is None:
-            return None
-        first, last = judge.rows.start, judge.rows.stop
-        return mass / (judge.heads.sum() * (last - first))
+        return mass

@@ -141,26 +141,40 @@ static PyObject *trainer_write(trainer_object *self, PyObject *args, PyObject *k
 
 /* What an example is made of, borrowed from the call and owned here. */
 typedef struct example_arguments {
-  PyObject *ids, *intervals, *window, *stride, *carry, *tail, *weights, *evidence, *query,
+  PyObject *ids, *intervals, *window, *stride, *carry, *weights, *questions,
       *evidence_weight, *heads, *gradients;
 } example_arguments;
 
+typedef struct question_arrays {
+  int32_t *ids;
+  float *weights;
+  uint8_t *evidence;
+} question_arrays;
+
 typedef struct example_arrays {
-  int32_t *ids, *tail;
+  int32_t *ids;
   int32_t *interval_items;
   int64_t *intervals;
   float *weights;
-  uint8_t *evidence, *heads;
+  uint8_t *heads;
+  int64_t question_count;
+  acre_question *questions;
+  question_arrays *of_questions;
 } example_arrays;
 
 static void free_arrays(example_arrays *a) {
   PyMem_RawFree(a->ids);
-  PyMem_RawFree(a->tail);
   PyMem_RawFree(a->interval_items);
   PyMem_RawFree(a->intervals);
   PyMem_RawFree(a->weights);
-  PyMem_RawFree(a->evidence);
   PyMem_RawFree(a->heads);
+  for (int64_t i = 0; i < a->question_count; ++i) {
+    PyMem_RawFree(a->of_questions[i].ids);
+    PyMem_RawFree(a->of_questions[i].weights);
+    PyMem_RawFree(a->of_questions[i].evidence);
+  }
+  PyMem_RawFree(a->questions);
+  PyMem_RawFree(a->of_questions);
 }
 
 /* A keyword that must come: the parser knows no such thing. */
@@ -184,9 +198,9 @@ static int read_intervals(PyObject *object, example_arrays *own, acre_example *e
   return 0;
 }
 
-static int read_query(PyObject *object, acre_example *e) {
+static int read_query(PyObject *object, acre_question *q) {
   PyObject *first, *last;
-  if (!given(object)) {
+  if (object == Py_None) {
     PyErr_SetString(PyExc_TypeError,
                     "query: got none, expected (first, last) with evidence");
     return -1;
@@ -194,12 +208,50 @@ static int read_query(PyObject *object, acre_example *e) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2)
     return argument_refuse(object, "query", "a tuple (first, last)");
   first = PyTuple_GET_ITEM(object, 0), last = PyTuple_GET_ITEM(object, 1);
-  if (argument_int64(first, "query[0]", &e->first) < 0) return -1;
-  return argument_int64(last, "query[1]", &e->last);
+  if (argument_int64(first, "query[0]", &q->first) < 0) return -1;
+  return argument_int64(last, "query[1]", &q->last);
 }
 
-static int read_evidence(const trainer_object *self, const example_arguments *a,
-                         example_arrays *own, acre_example *e) {
+/* (ids, weights, query, evidence). n: the text's tokens. */
+static int read_question(PyObject *object, int64_t n, question_arrays *own,
+                         acre_question *q) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4)
+    return argument_refuse(object, "question", "a tuple (ids, weights, query, evidence)");
+  PyObject *weights = PyTuple_GET_ITEM(object, 1), *evidence = PyTuple_GET_ITEM(object, 3);
+  if (ids_take(PyTuple_GET_ITEM(object, 0), "question ids", &own->ids, &q->t) < 0 ||
+      (weights != Py_None &&
+       numbers_take(weights, "question weights", q->t, &own->weights) < 0))
+    return -1;
+  q->ids = own->ids, q->weights = own->weights;
+  if (evidence == Py_None) return 0;
+  if (flags_take(evidence, "evidence", n, &own->evidence) < 0) return -1;
+  q->evidence = own->evidence;
+  return read_query(PyTuple_GET_ITEM(object, 2), q);
+}
+
+static int read_questions(PyObject *object, example_arrays *own, acre_example *e) {
+  PyObject *items = PySequence_Fast(object, "questions: expected a sequence of tuples");
+  if (!items) return -1;
+  Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+  int result = 0;
+  own->questions = PyMem_RawCalloc((size_t)count + 1, sizeof *own->questions);
+  own->of_questions = PyMem_RawCalloc((size_t)count + 1, sizeof *own->of_questions);
+  if (own->questions && own->of_questions) {
+    own->question_count = (int64_t)count;
+  } else {
+    PyErr_NoMemory();
+    result = -1;
+  }
+  for (Py_ssize_t i = 0; result == 0 && i < count; ++i)
+    result = read_question(PySequence_Fast_GET_ITEM(items, i), e->n, &own->of_questions[i],
+                           &own->questions[i]);
+  e->questions = own->questions, e->question_count = own->question_count;
+  Py_DECREF(items);
+  return result;
+}
+
+static int read_scoring(const trainer_object *self, const example_arguments *a,
+                        example_arrays *own, acre_example *e) {
   const acre_model_config *config = config_of(self);
   if (a->evidence_weight &&
       argument_double(a->evidence_weight, "evidence_weight", &e->evidence_weight) < 0)
@@ -208,10 +260,7 @@ static int read_evidence(const trainer_object *self, const example_arguments *a,
       head_flags_take(a->heads, config->layers, config->heads, &own->heads) < 0)
     return -1;
   e->heads = own->heads;
-  if (!given(a->evidence)) return 0;
-  if (flags_take(a->evidence, "evidence", e->n, &own->evidence) < 0) return -1;
-  e->evidence = own->evidence;
-  return read_query(a->query, e);
+  return 0;
 }
 
 static int read_example(const trainer_object *self, const example_arguments *a,
@@ -221,19 +270,17 @@ static int read_example(const trainer_object *self, const example_arguments *a,
       argument_int64(a->window, "window", &e->window) < 0 ||
       argument_int64(a->stride, "stride", &e->stride) < 0 ||
       (a->carry && argument_int64(a->carry, "carry", &e->carry) < 0) ||
-      (given(a->tail) && ids_take(a->tail, "tail", &own->tail, &e->t) < 0))
+      (given(a->weights) && numbers_take(a->weights, "weights", e->n, &own->weights) < 0) ||
+      (given(a->questions) && read_questions(a->questions, own, e) < 0))
     return -1;
-  e->ids = own->ids, e->tail = own->tail;
-  if (given(a->weights) &&
-      numbers_take(a->weights, "weights", e->n + e->t, &own->weights) < 0)
-    return -1;
-  e->weights = own->weights;
-  return read_evidence(self, a, own, e);
+  e->ids = own->ids, e->weights = own->weights;
+  return read_scoring(self, a, own, e);
 }
 
 static PyObject *result_to_dict(const acre_example_result *r) {
-  return Py_BuildValue("{sdsdsdsL}", "loss", r->loss, "weight", r->weight, "evidence",
-                       r->evidence, "rows", (long long)r->rows);
+  return Py_BuildValue("{sdsdsdsLsL}", "loss", r->loss, "weight", r->weight, "evidence",
+                       r->evidence, "known", (long long)r->known, "rows",
+                       (long long)r->rows);
 }
 
 static PyObject *run_example(trainer_object *self, const acre_example *example,
@@ -252,18 +299,18 @@ static PyObject *run_example(trainer_object *self, const acre_example *example,
 
 static PyObject *trainer_accumulate(trainer_object *self, PyObject *args,
                                     PyObject *kwargs) {
-  static char *names[] = {"ids",   "intervals", "window",   "stride", "carry",
-                          "tail",  "weights",   "evidence", "query",  "evidence_weight",
+  static char *names[] = {"ids",   "intervals", "window",    "stride",
+                          "carry", "weights",   "questions", "evidence_weight",
                           "heads", "gradients", NULL};
   example_arguments a = {0};
   example_arrays own = {0};
   acre_example example = acre_example_default();
   bool gradients = true;
   PyObject *result = NULL;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOO:accumulate", names, &a.ids,
-                                   &a.intervals, &a.window, &a.stride, &a.carry, &a.tail,
-                                   &a.weights, &a.evidence, &a.query, &a.evidence_weight,
-                                   &a.heads, &a.gradients))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOO:accumulate", names, &a.ids,
+                                   &a.intervals, &a.window, &a.stride, &a.carry, &a.weights,
+                                   &a.questions, &a.evidence_weight, &a.heads,
+                                   &a.gradients))
     return NULL;
   if (!present(a.intervals, "intervals") || !present(a.window, "window") ||
       !present(a.stride, "stride"))
@@ -328,22 +375,24 @@ PyDoc_STRVAR(write_doc,
              "that is not finite.");
 PyDoc_STRVAR(
     accumulate_doc,
-    "accumulate($self, /, ids, *, intervals, window, stride, carry=0, tail=None, "
-    "weights=None, evidence=None, query=None, evidence_weight=0.0, heads=None, "
-    "gradients=True)\n--\n\n"
+    "accumulate($self, /, ids, *, intervals, window, stride, carry=0, weights=None, "
+    "questions=(), evidence_weight=0.0, heads=None, gradients=True)\n--\n\n"
     "Forward and backward of one example (METHOD.md, section 6); adds to \"gradients\".\n\n"
     "ids: context tokens [n], read in windows of `window`, then `stride` tokens, with\n"
     "`carry` tokens kept in view. intervals: l of each window, a last, partial one\n"
-    "included. tail: question and answer ids [t]; no L1 tokens among them, they see\n"
-    "[L1 | recent] and each other. weights: float32 [n + t] of each token's loss, None:\n"
-    "1; the first token has no loss. evidence: booleans [n], the tokens that hold it;\n"
-    "then query = (first, last), the tail tokens that score, and the example's loss\n"
-    "gains evidence_weight * -log(share of their attention mass on the evidence's L1\n"
-    "entries) at `heads`, booleans [L, h], None: the last layer's. gradients=False:\n"
-    "only the loss.\n\n"
-    "Returns a dict: loss (sum of weight * nats, without the evidence term), weight\n"
-    "(their sum), evidence (the share, or nan), rows (nested tokens processed). Raises\n"
-    "ValueError, TooLongError where the positions do not suffice, MemoryError; after\n"
+    "included. weights: float32 [n] of each token's loss, None: 1; the first token has\n"
+    "no loss. questions: tuples (ids, weights, query, evidence) of a question with its\n"
+    "answer. ids [t] have no L1 tokens among them; they see [L1 | recent] and each\n"
+    "other, not another question. weights: float32 [t] or None, as above. evidence:\n"
+    "None, or booleans [n], the context's tokens that hold it; then query = (first,\n"
+    "last) are the question's tokens that score, and the example's loss gains\n"
+    "evidence_weight times the mean, over the L1 entries of the evidence, of -log of\n"
+    "the entry's share of these tokens' attention mass at `heads`, booleans [L, h],\n"
+    "None: the last layer's. gradients=False: only the loss.\n\n"
+    "Returns a dict: loss (sum of weight * nats, without evidence terms), weight (their\n"
+    "sum), evidence (sum over questions of the share of all the evidence's entries),\n"
+    "known (questions in it), rows (nested tokens processed). Raises ValueError,\n"
+    "TooLongError where the positions do not suffice, MemoryError; after\n"
     "KeyboardInterrupt the gradients hold part of an example: clear() them.");
 PyDoc_STRVAR(update_doc,
              "update($self, /, *, step, lr, divisor, clip=0.0, beta1=0.9, beta2=0.95, "

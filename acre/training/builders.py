@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 from acre.eval import probes
 from acre.eval.planted import simple
-from acre.training.forms import GAP, Item, Record
+from acre.training.forms import GAP, Item, Question, Record
 
 NEEDLES = ("needle", "niah_single", "niah_multikey", "niah_multivalue",
            "niah_multiquery", "vt")  # fmt: skip
-QUESTIONS = 8  # facts asked for in a text, of which a sample asks one
-ROOM = 512  # tokens of a text for each of these
+QUESTIONS = 16  # facts in a text, or sentences of it, that a sample asks for at most
+ROOM = 256  # tokens of a text for each of these
 HELD = 1 << 28  # characters of material that are held in memory
 CHARS = 6  # characters per token that no text reaches on average
 SENTENCE = re.compile(r"(?<![^\s\"'])[A-Z][^.!?\r\n]{60,300}[.!?]")
@@ -83,24 +83,25 @@ class Builder:
 
 
 def hidden(material: Material, order: Order) -> Record:
-    """A question's own passage among other questions' passages, none of which says the
-    answer; all as long as fits."""
+    """Questions' own passages behind one another, as many as fit; asked are those whose
+    answers no other passage says, which holds for the one drawn first."""
     rng, records = order.rng, material.records
     gold = rng.randrange(len(records))
-    answer = records[gold].answer.casefold()
+    told = [q.answer.casefold() for q in records[gold].questions]
     room = order.tokens - material.size(gold, order.count)
     if room < 0:
         raise ValueError(f"the passage is longer than {order.tokens} tokens")
-    others: list[int] = []
+    chosen: list[int] = []
     for i in _shuffled(len(records), rng):
-        if i == gold or answer in records[i].context.casefold():
+        folded = records[i].context.casefold()
+        if i == gold or any(answer in folded for answer in told):
             continue
         room -= material.size(i, order.count)
         if room < 0:
             break
-        others.append(i)
-    others.insert(rng.randint(0, len(others)), gold)
-    return _joined(records, others, gold)
+        chosen.append(i)
+    chosen.insert(rng.randint(0, len(chosen)), gold)
+    return _joined([records[i] for i in chosen])
 
 
 def _shuffled(count: int, rng: random.Random) -> Iterable[int]:
@@ -112,24 +113,32 @@ def _shuffled(count: int, rng: random.Random) -> Iterable[int]:
         moved[at] = moved.pop(last, last)
 
 
-def _joined(records: list[Record], chosen: list[int], gold: int) -> Record:
-    """The passages behind one another, the gold one's evidence moved along."""
-    passages = [records[i].context.rstrip() for i in chosen]
-    before = passages[: chosen.index(gold)]
-    shift = sum(len(passage) + len(GAP) for passage in before)
-    asked = records[gold]
-    end = len(asked.context.rstrip())
-    evidence = asked.evidence or ((0, end),)
-    moved = tuple((a + shift, min(b, end) + shift) for a, b in evidence)
-    question = simple(asked.question)
-    return Record(GAP.join(passages), question, asked.answer, moved, asked.question)
+def _joined(records: list[Record]) -> Record:
+    """The passages behind one another, the evidence moved along with its own."""
+    passages = [record.context.rstrip() for record in records]
+    folded = [passage.casefold() for passage in passages]
+    asked, shift = [], 0
+    for i, record in enumerate(records):
+        for q in record.questions:
+            answer = q.answer.casefold()
+            if any(answer in other for j, other in enumerate(folded) if j != i):
+                continue
+            asked.append(_moved(q, shift, len(passages[i])))
+        shift += len(passages[i]) + len(GAP)
+    return Record(GAP.join(passages), tuple(asked))
+
+
+def _moved(q: Question, shift: int, end: int) -> Question:
+    """A passage's question, the passage now `end` characters behind `shift` others."""
+    ranges = ((a + shift, min(b, end) + shift) for a, b in q.evidence or ((0, end),))
+    return Question(simple(q.text), q.answer, tuple(ranges), q.text)
 
 
 # ------------------------------------------------------------------- needles and tables
 
 
 def _probe(name: str, order: Order, background: str) -> Record:
-    """A question of a probe of the evaluation; the others' facts lead astray."""
+    """A probe of the evaluation: each question's fact leads the others astray."""
     most = max(1, min(QUESTIONS, order.tokens // ROOM))
     document = probes.generate(
         name,
@@ -139,9 +148,11 @@ def _probe(name: str, order: Order, background: str) -> Record:
         seed=order.rng.getrandbits(32),
         background=background,
     )
-    q = order.rng.choice(document.questions)
-    answer = ", ".join(q.answers)
-    return Record(document.text, q.prompt, answer, q.evidence, q.query)
+    asked = (
+        Question(q.prompt, ", ".join(q.answers), q.evidence, q.query)
+        for q in document.questions
+    )
+    return Record(document.text, tuple(asked))
 
 
 def needles(material: Material, order: Order) -> Record:
@@ -151,7 +162,7 @@ def needles(material: Material, order: Order) -> Record:
 
 
 def key_values(material: Material, order: Order) -> Record:
-    """The value of a key in a table of random keys and values."""
+    """The values of keys in a table of random keys and values."""
     return _probe("kv", order, "")
 
 
@@ -174,26 +185,38 @@ def excerpts(material: Material, order: Order) -> str:
 
 
 def continuation(material: Material, order: Order) -> Record:
-    """The second half of a sentence of the text, whose first half is told."""
+    """Second halves of sentences of the text, whose first halves are told."""
     excerpt = _excerpt(material, order, order.tokens)
     text = probes.cut_to_tokens(excerpt, order.tokens, order.count)
     found = list(SENTENCE.finditer(text))
-    for sentence in order.rng.sample(found, min(TRIES, len(found))):
-        words = list(re.finditer(r"\S+", sentence[0]))
-        half = len(words) // 2
-        told = sentence[0][: words[half - 1].end()] if half else ""
-        if half < 4 or text.count(told) != 1:
-            continue
-        start = words[half].start()
-        end = words[min(len(words), half + MOST_WORDS) - 1].end()
-        answer, at = sentence[0][start:end], sentence.start()
-        question = f'Continue this sentence from the text: "{told}"'
-        return Record(text, question, answer, ((at + start, at + end),))
-    raise ValueError("the text has no sentence that can be continued")
+    most = max(1, min(QUESTIONS, order.tokens // ROOM))
+    asked: list[Question] = []
+    for sentence in order.rng.sample(found, min(TRIES * most, len(found))):
+        made = _continued(sentence, text)
+        asked += [made] if made else []
+        if len(asked) == most:
+            break
+    if not asked:
+        raise ValueError("the text has no sentence that can be continued")
+    return Record(text, tuple(asked))
+
+
+def _continued(sentence: re.Match[str], text: str) -> Question | None:
+    """A sentence's second half asked for; None where its first half occurs twice."""
+    words = list(re.finditer(r"\S+", sentence[0]))
+    half = len(words) // 2
+    told = sentence[0][: words[half - 1].end()] if half else ""
+    if half < 4 or text.count(told) != 1:
+        return None
+    start = words[half].start()
+    end = words[min(len(words), half + MOST_WORDS) - 1].end()
+    answer, at = sentence[0][start:end], sentence.start()
+    question = f'Continue this sentence from the text: "{told}"'
+    return Question(question, answer, ((at + start, at + end),))
 
 
 def meeting(material: Material, order: Order) -> Record:
-    """A question as its row has it, drawn at random."""
+    """A context and its questions as its row has them, drawn at random."""
     return order.rng.choice(material.records)
 
 

@@ -23,6 +23,7 @@ NUMBERS: dict[str, tuple[Any, Any, str]] = {  # option: type, default, help
     "window": (int, 4096, ""),
     "stride": (int, 2048, ""),
     "carry": (int, 0, ""),
+    "questions": (int, 16, "that are asked of one context at most"),
     "evidence-weight": (float, 0.0, "tokens that the evidence term counts for"),
     "passes": (int, None, "over the files; default 1 in stage 1, 2 in stage 2"),
     "seed": (int, 0, ""),

@@ -12,14 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from acre.chat import Frame
 from acre.generate import integer
 from acre.model import Model, check_ids
-from acre.training.forms import Record
+from acre.training.forms import Question, Record
 
 INTERVALS = (8, 16, 32, 64, 128)
 Skip = Callable[[str, str], None]  # takes the reason and what was found
@@ -36,7 +36,8 @@ class Shape:
 
     length: context tokens, or the (least, most) that a length is drawn from. window,
     stride, carry: as `Model.build` takes them. intervals: what l of a window is drawn
-    from. ValueError, TypeError naming the argument.
+    from. questions: the most that are asked of one context. ValueError, TypeError
+    naming the argument.
     """
 
     length: int | tuple[int, int]
@@ -44,11 +45,13 @@ class Shape:
     stride: int = 2048
     carry: int = 0
     intervals: tuple[int, ...] = INTERVALS
+    questions: int = 16
 
     def __post_init__(self) -> None:
         integer("window", self.window, 1)
         integer("stride", self.stride, 1)
         integer("carry", self.carry, 0)
+        integer("questions", self.questions, 1)
         if not self.intervals:
             raise ValueError("intervals: got none")
         for interval in self.intervals:
@@ -71,36 +74,52 @@ class Shape:
         return 1 + max(0, -(-(n - self.window) // self.stride))
 
     def positions(self, n: int, t: int, intervals: Sequence[int]) -> int:
-        """At least the positions that any pass over n + t tokens takes."""
+        """At least the positions that any pass over n tokens and a question of t takes.
+        """
         most = entries = start = last = 0
         for i, interval in enumerate(intervals):
             stop = min(n, start + (self.stride if i else self.window))
             own, last = stop // interval - start // interval, stop - start
             most = max(most, entries + min(self.carry, start) + last + own)
             entries, start = entries + own, stop
-        # The tail sees all L1 entries, the tokens behind the last of them and, where
+        # A question sees all L1 entries, the tokens behind the last of them and, where
         # the last window is partial, that window.
         return max(most, entries + max(intervals) + last + t)
+
+
+class Asked(NamedTuple):
+    """A question with its answer, as `Trainer.accumulate` takes it.
+
+    ids: int32 [t]. weights: float32 [t], of each token's loss. query: [first, last) of
+    ids, which scores. evidence: uint8 [n] or None.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    query: tuple[int, int]
+    evidence: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
     """What `Trainer.accumulate` takes.
 
-    ids: int32 [n]. tail: int32 [t] or None. weights: float32 [n + t], of each token's
-    loss. evidence: uint8 [n] or None. query: [first, last) of the tail, which scores,
-    or None. intervals: l of each window.
+    ids: int32 [n]. weights: float32 [n], of each token's loss. intervals: l of each
+    window.
     """
 
     ids: np.ndarray
-    tail: np.ndarray | None
     weights: np.ndarray
-    evidence: np.ndarray | None
-    query: tuple[int, int] | None
+    questions: tuple[Asked, ...]
     intervals: list[int]
     window: int
     stride: int
     carry: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the context and of all questions."""
+        return len(self.ids) + sum(len(asked.ids) for asked in self.questions)
 
     def arguments(self) -> dict[str, Any]:
         """All but ids, as the keywords of `Trainer.accumulate`."""
@@ -141,7 +160,7 @@ class Maker:
         return {
             "shape": [
                 list(shape.range), shape.window, shape.stride, shape.carry,
-                list(shape.intervals),
+                list(shape.intervals), shape.questions,
             ],
             "require_answer": self._require_answer,
             "frame": self.frame.fingerprint,
@@ -177,18 +196,17 @@ class Maker:
             intervals = self._intervals(len(piece), 0, rng, skip)
             if intervals is not None:
                 weights = np.ones(len(piece), dtype=np.float32)
-                yield self._example(piece, None, weights, None, None, intervals)
+                yield self._example(piece, weights, (), intervals)
 
-    def question(
-        self, record: Record, rng: random.Random, skip: Skip
-    ) -> Example | None:
-        """Stage II: context and framed question, a weight of 1 for the answer's tokens
-        and its end; None where `skip` was told why not."""
-        if self._untold(record):
-            skip(UNTOLD, repr(record.answer[:60]))
+    def asked(self, record: Record, rng: random.Random, skip: Skip) -> Example | None:
+        """Stage II: context and framed questions, a weight of 1 for the answers' tokens
+        and their ends; None where `skip` was told why not."""
+        told = [q for q in record.questions if self._told(q, record, skip)]
+        if not told:
             return None
-        own, flags = self._context(record)
-        part = self._cut(own, flags, rng, skip)
+        own, offsets = self.model.tokenizer.encode_offsets(record.context)
+        flags = [evidence_of(q, offsets) for q in told]
+        part = self._cut(self._checked(own), flags, rng, skip)
         if part is None:
             return None
         prefix = np.asarray(self.frame.prefix_ids, dtype=np.int32)
@@ -196,18 +214,16 @@ class Maker:
         if len(ids) <= self.shape.window:
             skip(SHORT, f"{len(ids)} tokens")
             return None
-        asked, *query = self.frame.question_ids(record.question, record.query or None)
-        answer = self.frame.answer_ids(record.answer)
-        tail = self._checked(np.concatenate([asked, answer]))
-        intervals = self._intervals(len(ids), len(tail), rng, skip)
+        kept = [i for i in range(len(told)) if whole(flags[i], part, len(own))]
+        if len(kept) > self.shape.questions:
+            kept = sorted(rng.sample(kept, self.shape.questions))
+        asked = tuple(self._framed(told[i], flags[i], part) for i in kept)
+        longest = max(len(one.ids) for one in asked)
+        intervals = self._intervals(len(ids), longest, rng, skip)
         if intervals is None:
             return None
-        weights = np.zeros(len(ids) + len(tail), dtype=np.float32)
-        weights[len(weights) - len(answer) :] = 1
-        evidence = None
-        if flags is not None:
-            evidence = np.concatenate([np.zeros(len(prefix), np.uint8), flags[part]])
-        return self._example(ids, tail, weights, evidence, tuple(query), intervals)
+        weights = np.zeros(len(ids), dtype=np.float32)
+        return self._example(ids, weights, asked, intervals)
 
     # ---------------------------------------------------------------------------- parts
 
@@ -218,37 +234,43 @@ class Maker:
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         return check_ids("text", ids, self.model.config["vocab_size"])
 
-    def _untold(self, record: Record) -> bool:
-        """Is the answer missing from a context that has to hold it?"""
-        asked = self._require_answer and record.extractive and not record.evidence
-        return asked and _plain(record.answer) not in _plain(record.context)
+    def _told(self, q: Question, record: Record, skip: Skip) -> bool:
+        """Does the context hold the answer, if it has to?"""
+        required = self._require_answer and record.extractive and not q.evidence
+        if not required or _plain(q.answer) in _plain(record.context):
+            return True
+        skip(UNTOLD, repr(q.answer[:60]))
+        return False
 
-    def _context(self, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
-        """(ids, evidence flags or None) of the context alone."""
-        ids, offsets = self.model.tokenizer.encode_offsets(record.context)
-        if not record.evidence:
-            return self._checked(ids), None
-        flags = np.zeros(len(ids), dtype=np.uint8)
-        for start, end in record.evidence:
-            flags[(offsets[:, 1] > start) & (offsets[:, 0] < end)] = 1
-        return self._checked(ids), flags
+    def _framed(self, q: Question, flags: np.ndarray | None, part: slice) -> Asked:
+        """A question as it is asked, with its answer; the context is `part` of it."""
+        sent, *query = self.frame.question_ids(q.text, q.query or None)
+        answer = self.frame.answer_ids(q.answer)
+        ids = self._checked(np.concatenate([sent, answer]))
+        weights = np.zeros(len(ids), dtype=np.float32)
+        weights[len(sent) :] = 1
+        if flags is not None:
+            before = np.zeros(len(self.frame.prefix_ids), np.uint8)
+            flags = np.concatenate([before, flags[part]])
+        return Asked(ids, weights, (query[0], query[1]), flags)
 
     def _cut(
         self,
         ids: np.ndarray,
-        flags: np.ndarray | None,
+        flags: list[np.ndarray | None],
         rng: random.Random,
         skip: Skip,
     ) -> slice | None:
         """The part of the context that is read: all, or where it is too long as much
-        as fits around the evidence, which lies anywhere in it."""
+        as fits around one question's evidence, which lies anywhere in it."""
         room = self.shape.range[1] - len(self.frame.prefix_ids)
         if len(ids) <= room:
             return slice(0, len(ids))
-        held = np.flatnonzero(flags) if flags is not None else ()
-        if not len(held):
+        known = [np.flatnonzero(f) for f in flags if f is not None and f.any()]
+        if not known:
             skip(LONG, f"{len(ids)} tokens exceed {room}, the evidence is not known")
             return None
+        held = rng.choice(known)
         first, last = int(held[0]), int(held[-1])
         if last - first >= room:
             skip(LONG, f"the evidence spans {last - first + 1} tokens of {room}")
@@ -271,6 +293,23 @@ class Maker:
                 return drawn
         skip(LONG, f"{n} + {t} tokens do not fit {room} positions")
         return None
+
+
+def evidence_of(q: Question, offsets: np.ndarray) -> np.ndarray | None:
+    """uint8 [n], the tokens that hold a question's evidence, or None."""
+    if not q.evidence:
+        return None
+    flags = np.zeros(len(offsets), dtype=np.uint8)
+    for start, end in q.evidence:
+        flags[(offsets[:, 1] > start) & (offsets[:, 0] < end)] = 1
+    return flags
+
+
+def whole(flags: np.ndarray | None, part: slice, n: int) -> bool:
+    """Can a question be asked of `part` of n tokens: is all its evidence there?"""
+    if flags is None:
+        return part == slice(0, n)
+    return int(flags[part].sum()) == int(flags.sum())
 
 
 def _plain(text: str) -> str:

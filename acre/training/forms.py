@@ -1,7 +1,7 @@
 """The forms that a row of training data may have.
 
-Takes a row, one JSON object; gives what it holds: texts, and `Record`s, questions with
-their answer. One idea: a form is known by its fields, so files of any form may be mixed
+Takes a row, one JSON object; gives what it holds: texts, and `Record`s, contexts with
+questions. One idea: a form is known by its fields, so files of any form may be mixed
 without being named. Forms: text, conversations (as the authors' and other public
 training data have them), questions with a context or passages, and meetings with
 queries. Refuses rows of no known form, rows without words, and evidence that does not
@@ -30,19 +30,26 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """A question about a context, and its answer.
 
     evidence: half-open ranges of characters of the context; empty = not known. query:
-    the bare question inside `question`, which scores groups; "" = the whole question.
-    extractive: the answer is to stand in the context word for word.
+    the bare question inside `text`, which scores groups; "" = all of it.
     """
 
-    context: str
-    question: str
+    text: str
     answer: str
     evidence: tuple[Range, ...] = ()
     query: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A context and what is asked about it. extractive: the answers are to stand in the
+    context word for word."""
+
+    context: str
+    questions: tuple[Question, ...]
     extractive: bool = False
 
 
@@ -50,7 +57,7 @@ Item = str | Record
 
 
 def parse(row: Any, line: int = 1) -> list[Item]:
-    """What a row holds: a text, or one record per question; never nothing.
+    """What a row holds: a text, or a context with its questions; never nothing.
 
     ValueError, TypeError: what keeps the row from being used.
     """
@@ -71,11 +78,12 @@ def parse(row: Any, line: int = 1) -> list[Item]:
 def _check(item: Item) -> None:
     """ValueError for what has no words; TypeError or ValueError for no Unicode text."""
     if isinstance(item, str):
-        parts = {"text": item}
+        parts = [("text", item)]
     else:
-        names = ("context", "question", "answer")
-        parts = {name: getattr(item, name) for name in names}
-    for name, part in parts.items():
+        parts = [("context", item.context)]
+        for q in item.questions:
+            parts += [("question", q.text), ("answer", q.answer)]
+    for name, part in parts:
         if not isinstance(part, str):
             raise TypeError(f"{name}: expected text, got {type(part).__name__}")
         if not check_text(part).strip():
@@ -124,8 +132,10 @@ def _conversation(row: Row, line: int) -> list[Item]:
     if [role for role, _ in earlier] == ["user", "assistant"]:
         earlier.pop()  # it acknowledges the text, as the frame does by itself
     if earlier:
-        return [Record(GAP.join(words for _, words in earlier), question, answer)]
-    return [Record(*_split(question), answer)]
+        context = GAP.join(words for _, words in earlier)
+    else:
+        context, question = _split(question)
+    return [Record(context, (Question(question, answer),))]
 
 
 # ---------------------------------------------------------------------------- questions
@@ -191,16 +201,17 @@ def _question(row: Row, line: int) -> list[Item]:
     evidence = tuple(_range(part, context) for part in given)
     answer = _first_told(_answers(row), context)
     extractive = bool(row.get("extractive", True))
-    return [Record(context, row["question"], answer, evidence, extractive=extractive)]
+    return [Record(context, (Question(row["question"], answer, evidence),), extractive)]
 
 
 def _of_document(document: Document, extractive: bool) -> list[Item]:
     """The questions of a document of the evaluation, bare of its benchmark's words."""
-    context, out = document.text, []
-    for q in document.questions:
-        answer = _first_told(list(q.answers), context)
-        out.append(Record(context, q.query, answer, q.evidence, extractive=extractive))
-    return out
+    context = document.text
+    asked = tuple(
+        Question(q.query, _first_told(list(q.answers), context), q.evidence)
+        for q in document.questions
+    )
+    return [Record(context, asked, extractive)]
 
 
 def _gold(row: Row, line: int) -> list[Item]:

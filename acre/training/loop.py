@@ -242,21 +242,18 @@ class Loop:
     ) -> dict[str, Any]:
         """Sums of one example."""
         arguments = example.arguments()
-        if example.evidence is not None:
+        if example.questions:
             arguments["evidence_weight"] = self.settings.evidence_weight
             arguments["heads"] = self.heads
         try:
             got = self.trainer.accumulate(example.ids, gradients=gradients, **arguments)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        tokens = len(example.ids) + (0 if example.tail is None else len(example.tail))
-        out = {"examples": 1, "tokens": tokens}
+        out: dict[str, Any] = {"examples": 1, "tokens": example.tokens}
         if not math.isfinite(got["loss"]):
-            fault = f"{where}: the loss of its {tokens} tokens is {got['loss']}"
+            fault = f"{where}: the loss of its {example.tokens} tokens is {got['loss']}"
             return {**out, "fault": fault}
-        if not math.isnan(got["evidence"]):
-            out |= {"evidence": got["evidence"], "known": 1}
-        return {**out, "loss": got["loss"], "weight": got["weight"]}
+        return out | {key: got[key] for key in ("loss", "weight", "evidence", "known")}
 
     def _share_gradients(self, step: int) -> None:
         """The sum over all ranks becomes each one's gradient."""

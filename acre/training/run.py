@@ -74,6 +74,7 @@ def train(
     stride: int = 2048,
     carry: int = 0,
     intervals: Sequence[int] = INTERVALS,
+    questions: int = 16,
     evidence_weight: float = 0.0,
     evidence_heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
@@ -100,7 +101,7 @@ def train(
     to a tenth. batch_tokens: least tokens of an update, of all processes together.
     clip: greatest norm of a gradient, 0 = any. length: tokens of an example, or (least,
     most). window, stride, carry: as `Model.build`. intervals: what l of each window is
-    drawn from. evidence_weight: the term that rewards attention to known evidence
+    drawn from. questions: the most that are asked of one context. evidence_weight: the term that rewards attention to known evidence
     counts like so many tokens; evidence_heads: the (layer, head) pairs that it trains
     and that then score questions, None = the last layer's. passes: over the files; None
     = 1 in stage 1, 2 in stage 2. length ... intervals and passes are a given stream's
@@ -130,6 +131,7 @@ def train(
     scoring = _scoring(opened, settings)
     shape = {"window": window, "stride": stride, "carry": carry}
     shape |= {"length": length, "intervals": tuple(intervals), "seed": seed}
+    shape["questions"] = questions
     shape["passes"] = PASSES[stage] if passes is None else passes
     peers = join() if group is None else group
     try:

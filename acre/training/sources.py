@@ -129,7 +129,7 @@ def made(
 
     try:
         if isinstance(item, Record):
-            example = maker.question(item, rng, skip)
+            example = maker.asked(item, rng, skip)
             if example is not None:
                 yield example
         else:

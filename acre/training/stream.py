@@ -40,6 +40,7 @@ class Stream:
         stride: int = 2048,
         carry: int = 0,
         intervals: Sequence[int] = INTERVALS,
+        questions: int = 16,
         seed: int = 0,
         passes: int | None = 1,
         rank: int = 0,
@@ -49,7 +50,7 @@ class Stream:
     ) -> None:
         """mix: sources and their shares of the examples, or sources of equal shares. A
         source is a file or folder of rows, "builder", or "builder:path"; a comma parts
-        several paths. length ... intervals: see `Shape`. passes: how often files are
+        several paths. length ... questions: see `Shape`. passes: how often files are
         read (None: without end); builders never end. A source that has ended leaves the
         mix. rank, world: this process takes examples rank, rank + world, ... of one
         sequence. require_answer, frame: see `Maker`. ValueError, TypeError,
@@ -61,7 +62,7 @@ class Stream:
         self._world = integer("world", world, 1)
         self._rank = integer("rank", rank, 0, world - 1)
         span = length if isinstance(length, int) else tuple(length)
-        shape = Shape(span, window, stride, carry, tuple(intervals))
+        shape = Shape(span, window, stride, carry, tuple(intervals), questions)
         maker = Maker(model, shape, frame=frame, require_answer=require_answer)
         self._skipped = Skipped(quiet=rank > 0)
         shares = shares_of(mix)

@@ -1,11 +1,9 @@
-/* The gradient of the mass on wanted L1 entries (METHOD.md, section 6), without ever storing
- * the [heads, t, m] softmax.
+/* The way back through scores (METHOD.md, section 6), without ever storing the [heads, t, m]
+ * softmax.
  *
- * With A the softmax of one item (a query row and a head that counts), E the sum of A over
- * the wanted keys and U that over the others, d(E)/d(logit_j) = A_j U where j is wanted and
- * -A_j E where not: E and U are summed apart, so neither is lost where the other is nearly
- * all. Two passes over the keys, as in score.c: the first finds every item's origin, E and
- * U, the second multiplies. A KV head is one task's, and so are its dk; the order of sums
+ * With A the softmax of one item (a query row and a head that counts) and E the sum of
+ * A_j pull_j, dE/d(logit_j) = A_j (pull_j - E). Two passes over the keys, as in score.c: the
+ * first finds every item's origin, sum of exponentials and E, the second multiplies. A KV head is one task's, and so are its dk; the order of sums
  * does not depend on the threads. All in float32. */
 #include "attention.h"
 
@@ -20,22 +18,23 @@ typedef struct score_back_job {
   float *dq, *dk;
   int64_t dq_stride;
   const void *q, *keys;
-  const uint8_t *wanted, *use;
+  const float *pull;
+  const uint8_t *use;
   const acre_heads *heads;
   int64_t t, m;
-  float scale, factor; /* of logits, as powers of two; of the gradient by a logit */
+  float scale, root; /* of logits, as powers of two; of the gradient by a logit */
 } score_back_job;
 
 /* A worker's scratch: some items of a KV head, and a tile of keys. */
 typedef struct block {
   int64_t kv_head, items, count; /* of keys in the tile */
   int64_t row[ITEMS], head[ITEMS];
-  float origin[ITEMS], wanted[ITEMS], others[ITEMS]; /* sums of exponentials */
-  float *q;                                          /* [ITEMS][padded] */
-  float *q_cut;                                      /* the same in panels [ITEMS][16] */
-  float *dq;                                         /* [ITEMS][padded] */
-  float *k;                                          /* [64][padded]; then the tile's dk */
-  float *k_turned, *k_cut;                           /* panels of f32.keys and f32.values */
+  float origin[ITEMS], sum[ITEMS], pulled[ITEMS]; /* sums of p, of p * pull */
+  float *q;                                       /* [ITEMS][padded] */
+  float *q_cut;                                   /* the same in panels [ITEMS][16] */
+  float *dq;                                      /* [ITEMS][padded] */
+  float *k;                                       /* [64][padded]; then the tile's dk */
+  float *k_turned, *k_cut;                        /* panels of f32.keys and f32.values */
   float *s;        /* [ITEMS][64]: logits, then gradients by them */
   float *s_turned; /* [64][ITEMS] */
 } block;
@@ -81,7 +80,7 @@ static void load_items(const score_back_job *job, block *b) {
     for (int64_t x = 0; x < padded; x += ACRE_PANEL)
       memcpy(b->q_cut + x * ITEMS + i * ACRE_PANEL, b->q + i * padded + x,
              ACRE_PANEL * sizeof(float));
-    b->origin[i] = -INFINITY, b->wanted[i] = b->others[i] = 0.0f;
+    b->origin[i] = -INFINITY, b->sum[i] = b->pulled[i] = 0.0f;
   }
 }
 
@@ -97,45 +96,32 @@ static void load_tile(const score_back_job *job, block *b, int64_t j) {
            d, false);
 }
 
-/* Sums of p over the wanted keys and over the others, in 16 lanes each. */
-static void add_apart(const uint8_t *is_wanted, const float *p, int64_t count,
-                      float *wanted, float *others) {
-  float in[ACRE_PANEL] = {0}, out[ACRE_PANEL] = {0};
-  for (int64_t j = 0; j < count; j++) {
-    in[j % ACRE_PANEL] += is_wanted[j] ? p[j] : 0.0f;
-    out[j % ACRE_PANEL] += is_wanted[j] ? 0.0f : p[j];
-  }
-  for (int lane = 1; lane < ACRE_PANEL; lane++) in[0] += in[lane], out[0] += out[lane];
-  *wanted += in[0], *others += out[0];
-}
-
-/* First pass. The softmax adds up `others` itself where a tile has no wanted key, which is
- * nearly always. */
+/* First pass: sums of p and of p * pull. A tile that nothing pulls at, which is nearly every
+ * one, adds to the first only. */
 static void measure_tile(const score_back_job *job, block *b, int64_t j) {
-  const uint8_t *wanted = job->wanted + j;
+  const float *pull = job->pull + j;
   bool any = false;
-  for (int64_t i = 0; i < b->count; i++) any |= wanted[i] != 0;
+  for (int64_t i = 0; i < b->count; i++) any |= pull[i] != 0.0f;
   for (int64_t i = 0; i < b->items; i++) {
-    float *s = b->s + i * TILE, before = b->others[i], factor;
-    job->f32->softmax(s, NULL, 1, b->count, job->scale, &b->origin[i], &b->others[i],
-                      &factor);
-    b->wanted[i] *= factor;
+    float *s = b->s + i * TILE, sum[ACRE_PANEL] = {0}, factor;
+    job->f32->softmax(s, NULL, 1, b->count, job->scale, &b->origin[i], &b->sum[i], &factor);
+    b->pulled[i] *= factor;
     if (!any) continue;
-    b->others[i] = before * factor;
-    add_apart(wanted, s, b->count, &b->wanted[i], &b->others[i]);
+    for (int64_t c = 0; c < b->count; c++) sum[c % ACRE_PANEL] += s[c] * pull[c];
+    for (int lane = 1; lane < ACRE_PANEL; lane++) sum[0] += sum[lane];
+    b->pulled[i] += sum[0];
   }
 }
 
-/* Logits become factor * the gradient by them. */
+/* Logits become the gradient by them. */
 static void logit_gradients(const score_back_job *job, block *b, int64_t j) {
   for (int64_t i = 0; i < b->items; i++) {
     float *s = b->s + i * TILE, p[TILE] = {0};
-    float whole = 1.0f / (b->wanted[i] + b->others[i]);
-    float up = b->others[i] * whole, down = -b->wanted[i] * whole;
+    float whole = 1.0f / b->sum[i], mean = b->pulled[i] * whole;
     job->queue->kernels->add_exp2(p, s, b->count, job->scale, b->origin[i],
-                                  whole * job->factor);
+                                  whole * job->root);
     for (int64_t c = 0; c < b->count; c++) {
-      s[c] = p[c] * (job->wanted[j + c] ? up : down);
+      s[c] = p[c] * (job->pull[j + c] - mean);
       b->s_turned[c * ITEMS + i] = s[c];
     }
   }
@@ -191,8 +177,8 @@ static void score_back_task(void *context, int64_t index, int32_t worker) {
 }
 
 void acre_cpu_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float *dk,
-                         float factor, const void *q, const void *keys,
-                         const uint8_t *wanted, const uint8_t *use, int64_t t, int64_t m,
+                         const float *pull, const void *q, const void *keys,
+                         const uint8_t *use, int64_t t, int64_t m,
                          const acre_heads *heads) {
   if (m <= 0) return;
   score_back_job job = {.queue = queue,
@@ -203,12 +189,12 @@ void acre_cpu_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float 
                         .dq_stride = dq_stride,
                         .q = q,
                         .keys = keys,
-                        .wanted = wanted,
+                        .pull = pull,
                         .use = use,
                         .heads = heads,
                         .t = t,
                         .m = m,
                         .scale = acre_cpu_logit_scale(heads),
-                        .factor = factor / sqrtf((float)heads->head_dim)};
+                        .root = 1.0f / sqrtf((float)heads->head_dim)};
   acre_pool_run(queue->pool, score_back_task, &job, heads->kv_heads);
 }

@@ -38,10 +38,10 @@ static inline void acre_host_load(void *const *parts, bool turned) {
   }
 }
 
-static inline void acre_host_load_straight(void *const *parts) {
+static inline void acre_host_load_straight(void *const *parts, int) {
   acre_host_load(parts, false);
 }
-static inline void acre_host_load_turned(void *const *parts) {
+static inline void acre_host_load_turned(void *const *parts, int) {
   acre_host_load(parts, true);
 }
 
@@ -57,7 +57,7 @@ static inline float acre_host_half(uint32_t pair, int i) {
   return acre_from_bf16((uint16_t)(pair >> 16 * i));
 }
 
-static inline void acre_host_multiply(void *const *parts) {
+static inline void acre_host_multiply(void *const *parts, int) {
   float a[16][16], b[8][16];
   for (int lane = 0; lane < 32; lane++) {
     const acre_host_mma *part = (const acre_host_mma *)parts[lane];

@@ -4,24 +4,32 @@
  * either all or nothing of what another did; both blocks and threads are taken in an order
  * that changes from block to block, so that a barrier that is missing shows as a wrong
  * result. An asynchronous copy leaves NaN where it goes to and arrives at the first barrier
- * behind its thread's wait for it, no sooner. Shared memory is full of NaN before each block, and allocated to the byte, so that
- * AddressSanitizer sees what lies beyond. Where no thread can go on, the launch fails and
- * says who waits for what; nothing hangs. */
+ * behind its thread's wait for it, no sooner. Shared memory is full of NaN before each block,
+ * and allocated to the byte, so that AddressSanitizer sees what lies beyond. Where no thread
+ * can go on, the launch fails and says who waits for what; nothing hangs. */
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "hopper.h"
 #include "host.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
+extern "C" size_t acre_host_shared_most(void); /* runtime.cpp */
+
 namespace {
 
-enum { THREADS_MOST = 1024, LANES = 32, KINDS = 5, COPIES_MOST = 512 };
-enum wait { READY, AT_BARRIER, AT_EXCHANGE, ENDED };
+enum { THREADS_MOST = 1024, LANES = 32, COPIES_MOST = 512 };
+enum wait { READY, AT_BARRIER, AT_EXCHANGE, AT_CONDITION, ENDED };
 
-const char *const KIND[KINDS] = {"a barrier", "__syncwarp", "__shfl_xor_sync",
-                                 "__shfl_sync", "a matrix instruction"};
-const size_t SHARED_MOST = 99 * 1024; /* the least of the chips that are supported */
+const char *const WAIT[ACRE_WAITS] = {"a barrier",
+                                      "__syncwarp",
+                                      "__shfl_xor_sync",
+                                      "__shfl_sync",
+                                      "a matrix instruction",
+                                      "a named barrier",
+                                      "an mbarrier",
+                                      "wgmma"};
 
 /* An asynchronous copy under way, of the group-th group of its thread. */
 struct async_copy {
@@ -37,9 +45,12 @@ struct thread {
   wait state;
   unsigned mask; /* of an exchange */
   uint32_t value;
-  int source, kind;
-  acre_host_lanes act; /* of a matrix instruction, and this lane's part of it */
+  int source;
+  acre_host_wait kind;
+  acre_host_act act; /* of what a warp does together, and this lane's part of it */
   void *part;
+  bool (*ready)(const void *, uint32_t); /* of a condition */
+  const void *awaited;
   async_copy *copies; /* [COPIES_MOST], from the oldest on */
   int copy_count;
   int64_t groups, waited; /* that were committed; up to which the thread waited */
@@ -51,6 +62,8 @@ struct machine {
   acre_fiber scheduler;
   unsigned char *shared;
   int count, ended, at_barrier;
+  bool broken;   /* a rule: the block has failed */
+  uint32_t slow; /* warps that mostly stay behind */
   int order[THREADS_MOST];
   uint64_t random;
   void (*call)(const void *);
@@ -59,6 +72,7 @@ struct machine {
 
 thread_local machine here;
 thread_local int64_t launches, conflicts;
+thread_local const char *latest = "";
 uint64_t first_seed = 1;
 
 uint64_t random_bits(machine *m) { /* splitmix64 */
@@ -89,6 +103,8 @@ void thread_main(void) {
 void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
   m->count = (int)(block.x * block.y * block.z);
   m->ended = m->at_barrier = 0;
+  m->broken = false;
+  m->slow = (uint32_t)(random_bits(m) & random_bits(m));
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[i];
     unsigned n = (unsigned)i;
@@ -106,7 +122,9 @@ bool turn_of(machine *m, uint32_t warps) {
   bool moved = false;
   for (int i = 0; i < m->count; i++) {
     thread *t = &m->threads[m->order[i]];
-    if (t->state != READY || !(warps >> (m->order[i] / LANES) & 1)) continue;
+    if (!(warps >> (m->order[i] / LANES) & 1)) continue;
+    if (t->state == AT_CONDITION && t->ready(t->awaited, t->value)) t->state = READY;
+    if (t->state != READY) continue;
     moved = true;
     m->current = t;
     acre_fiber_switch(&m->scheduler, &t->fiber, false);
@@ -114,24 +132,24 @@ bool turn_of(machine *m, uint32_t warps) {
   return moved;
 }
 
-/* Some warps run ahead of others. */
+/* Some warps run ahead of others, and a few of them far ahead. */
 bool turn(machine *m) {
-  return turn_of(m, (uint32_t)random_bits(m)) || turn_of(m, ~(uint32_t)0);
+  uint32_t kept = random_bits(m) % 16 ? m->slow : 0;
+  return turn_of(m, (uint32_t)random_bits(m) & ~kept) || turn_of(m, ~(uint32_t)0);
 }
 
 void tell(const machine *m, const char *name, uint64_t seed) {
   fprintf(stderr, "kernel %s, seed %llu: of %d threads %d have ended", name,
           (unsigned long long)seed, m->count, m->ended);
-  int waiting[KINDS] = {0}, first[KINDS] = {0};
+  int waiting[ACRE_WAITS] = {0}, first[ACRE_WAITS] = {0};
   for (int i = m->count - 1; i >= 0; i--) {
     const thread *t = &m->threads[i];
     if (t->state == ENDED) continue;
-    int kind = t->state == AT_EXCHANGE ? t->kind : 0;
-    waiting[kind]++, first[kind] = i;
+    waiting[t->kind]++, first[t->kind] = i;
   }
-  for (int kind = 0; kind < KINDS; kind++)
+  for (int kind = 0; kind < ACRE_WAITS; kind++)
     if (waiting[kind])
-      fprintf(stderr, ", %d wait at %s (thread %d of block %u)", waiting[kind], KIND[kind],
+      fprintf(stderr, ", %d wait at %s (thread %d of block %u)", waiting[kind], WAIT[kind],
               first[kind], m->threads[0].place.block.x);
   fprintf(stderr, "\n");
 }
@@ -140,17 +158,18 @@ bool run_block(machine *m, const char *name) {
   uint64_t seed = m->random;
   while (m->ended < m->count) {
     bool moved = turn(m);
+    moved |= acre_hopper_step(random_bits(m), !moved);
     if (m->at_barrier == m->count) { /* all of them: nobody may have ended before */
       for (int i = 0; i < m->count; i++) m->threads[i].state = READY;
       m->at_barrier = 0;
       shuffle(m);
-    } else if (!moved) {
+    } else if (!moved || m->broken) {
       tell(m, name, seed);
       for (int i = 0; i < m->count; i++) acre_fiber_abandon(&m->threads[i].fiber);
       return false;
     }
   }
-  return true;
+  return acre_hopper_end() && !m->broken;
 }
 
 /* ------------------------------------------------------------------ a launch */
@@ -165,7 +184,8 @@ bool prepare(machine *m) {
 bool allowed(dim3 grid, dim3 block, size_t shared) {
   unsigned threads = block.x * block.y * block.z;
   return grid.x && grid.y && grid.z && grid.x < 1u << 31 && grid.y < 1u << 16 &&
-         grid.z < 1u << 16 && threads && threads <= THREADS_MOST && shared <= SHARED_MOST;
+         grid.z < 1u << 16 && threads && threads <= THREADS_MOST &&
+         shared <= acre_host_shared_most();
 }
 
 /* Blocks from anywhere on, with a stride that meets each of them once. */
@@ -177,6 +197,7 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
     dim3 place((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
                (unsigned)(at / grid.x / grid.y));
     memset(m->shared, 0xff, shared);
+    acre_hopper_begin(m->shared, shared);
     begin(m, block, place, grid);
     right = run_block(m, name);
   }
@@ -200,7 +221,8 @@ void deliver(thread *self) {
 
 /* Whether all lanes of the mask are here for the same thing, this thread the last of them;
  * else returns when that one has done it. */
-bool last_to_come(machine *m, thread *self, unsigned mask, int kind, acre_host_lanes act) {
+bool last_to_come(machine *m, thread *self, unsigned mask, acre_host_wait kind,
+                  acre_host_act act) {
   int warp = (int)(self - m->threads) / LANES * LANES;
   self->state = AT_EXCHANGE;
   self->mask = mask, self->kind = kind, self->act = act;
@@ -227,16 +249,17 @@ unsigned char *acre_host_shared(void) { return here.shared; }
 
 void acre_host_barrier(void) {
   deliver(here.current);
-  here.current->state = AT_BARRIER;
+  here.current->state = AT_BARRIER, here.current->kind = ACRE_WAIT_BARRIER;
   here.at_barrier++;
   yield();
 }
 
-uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind) {
+uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source,
+                            acre_host_wait kind) {
   machine *m = &here;
   thread *self = m->current;
   self->value = value, self->source = source;
-  if (kind == 1) deliver(self); /* __syncwarp */
+  if (kind == ACRE_WAIT_WARP) deliver(self);
   if (!last_to_come(m, self, mask, kind, NULL)) return self->value;
   int warp = (int)(self - m->threads) / LANES * LANES;
   uint32_t given[LANES];
@@ -251,18 +274,18 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
   return self->value;
 }
 
-void acre_host_together(acre_host_lanes act, void *part) {
+void acre_host_together(acre_host_act act, void *part, acre_host_wait kind) {
   machine *m = &here;
   thread *self = m->current;
   self->part = part;
-  if (!last_to_come(m, self, ~0u, KINDS - 1, act)) return;
-  int warp = (int)(self - m->threads) / LANES * LANES;
+  if (!last_to_come(m, self, ~0u, kind, act)) return;
+  int warp = (int)(self - m->threads) / LANES;
   void *parts[LANES];
   for (int lane = 0; lane < LANES; lane++) {
-    parts[lane] = m->threads[warp + lane].part;
-    m->threads[warp + lane].state = READY;
+    parts[lane] = m->threads[warp * LANES + lane].part;
+    m->threads[warp * LANES + lane].state = READY;
   }
-  act(parts);
+  act(parts, warp);
 }
 
 void acre_host_conflict(void) { conflicts++; }
@@ -275,16 +298,31 @@ void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
   self->copies[self->copy_count++] = {to, from, bytes, room, self->groups};
 }
 
-void acre_host_commit(void) { here.current->groups++; }
+void acre_host_copies_commit(void) { here.current->groups++; }
 
-void acre_host_wait(int under_way) {
+void acre_host_copies_wait(int under_way) {
   here.current->waited = here.current->groups - under_way;
+}
+
+void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what,
+                     uint32_t which, acre_host_wait kind) {
+  thread *self = here.current;
+  self->state = AT_CONDITION, self->kind = kind;
+  self->ready = ready, self->awaited = what, self->value = which;
+  yield();
+}
+
+uint64_t acre_host_random(void) { return random_bits(&here); }
+
+void acre_host_fault(const char *rule) {
+  if (!here.broken) fprintf(stderr, "a broken rule: %s\n", rule);
+  here.broken = true;
 }
 
 cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
                           void (*call)(const void *), const void *arguments) {
   machine *m = &here;
-  launches++;
+  launches++, latest = name;
   cudaError_t refused = acre_host_result();
   if (refused != cudaSuccess) return refused;
   if (!allowed(grid, block, shared) || !prepare(m)) {
@@ -307,5 +345,6 @@ cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared
 
 void acre_host_seed(uint64_t seed) { first_seed = here.random = seed; }
 int64_t acre_host_launches(void) { return launches; }
+const char *acre_host_kernel(void) { return latest; }
 int64_t acre_host_conflicts(void) { return conflicts; }
 }

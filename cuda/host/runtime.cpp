@@ -50,6 +50,11 @@ extern "C" {
 
 cudaError_t acre_host_result(void) { return result(); }
 
+/* Of Hopper; else the least of the chips that are supported. */
+size_t acre_host_shared_most(void) {
+  return (size_t)(acre_host_is.major == 9 ? 227 : 99) * 1024;
+}
+
 void acre_host_fail(int error, int64_t call) { fail_error = error, fail_countdown = call; }
 
 const char *cudaGetErrorName(cudaError_t error) {
@@ -107,7 +112,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMajor: *value = acre_host_is.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = acre_host_is.minor; break;
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 99 * 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = (int)acre_host_shared_most();
+      break;
   }
   return result();
 }

@@ -6,8 +6,8 @@
  * next one on its way while one is worked on; the items' outputs stay in registers. A row's
  * result depends on its own keys alone: tiles begin where the segments do, and origins are
  * whole, so that rescaling is exact. docs/CUDA.md has the numbers that it is bound by. */
-#include "attend.h"
-#include "sm80.h"
+#include "sm80/attend.h"
+#include "sm80/sm80.h"
 
 namespace acre {
 namespace {
@@ -162,10 +162,10 @@ __global__ __launch_bounds__(MMA_THREADS,
 }  // namespace
 }  // namespace acre
 
-void acre_sm80_attend(acre_queue *queue, void *out, int64_t out_stride, float *lse,
-                      const float *q, int64_t q_stride, const acre_keys *prefix,
-                      const acre_keys *own, int64_t seen, int64_t rows, bool split,
-                      const acre_heads *heads) {
+void acre_cuda_sm80_attend(acre_queue *queue, void *out, int64_t out_stride, float *lse,
+                           const float *q, int64_t q_stride, const acre_keys *prefix,
+                           const acre_keys *own, int64_t seen, int64_t rows, bool split,
+                           const acre_heads *heads) {
   using namespace acre;
   auto matrix_units = [&](auto dim) {
     constexpr int D = decltype(dim)::value;

@@ -4,7 +4,7 @@
 #define ACRE_CUDA_SM80_ATTEND_H
 
 #include "internal.h"
-#include "mma.h"
+#include "sm80/mma.h"
 #include "tiles.h"
 
 #include <math.h>

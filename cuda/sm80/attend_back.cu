@@ -6,8 +6,8 @@
  * of rows (items, for dq; keys, for dk and dv) and meets the others in a stream of smaller tiles,
  * the next one on its way while one is worked on. What it keeps are the rows of both first
  * products, so weights and their gradients come out as the left side of the next ones. */
-#include "attend.h"
-#include "sm80.h"
+#include "sm80/attend.h"
+#include "sm80/sm80.h"
 
 namespace acre {
 namespace {
@@ -385,10 +385,11 @@ void cut(back_call *a, const acre_keys *prefix, const acre_keys &own, int step) 
 }  // namespace
 }  // namespace acre
 
-void acre_sm80_attend_back(acre_queue *queue, float *dqkv, float *dk, float *dv,
-                           float *scratch, const float *dout, const void *out,
-                           const float *lse, const void *q, const acre_keys *prefix,
-                           const acre_keys *own, int64_t rows, const acre_heads *heads) {
+void acre_cuda_sm80_attend_back(acre_queue *queue, float *dqkv, float *dk, float *dv,
+                                float *scratch, const float *dout, const void *out,
+                                const float *lse, const void *q, const acre_keys *prefix,
+                                const acre_keys *own, int64_t rows,
+                                const acre_heads *heads) {
   using namespace acre;
   auto matrix_units = [&](auto dim) {
     constexpr int D = decltype(dim)::value;

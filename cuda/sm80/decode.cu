@@ -5,7 +5,7 @@
  * has every WARPS-th sixteen of them, with copies of its own under way, and waits for no other
  * warp until the end. There the warps' results are joined in order, and then, by a second
  * kernel, those of the runs. */
-#include "attend.h"
+#include "sm80/attend.h"
 
 namespace acre {
 namespace {

@@ -10,7 +10,7 @@
 #ifndef ACRE_CUDA_SM80_MMA_H
 #define ACRE_CUDA_SM80_MMA_H
 
-#include "device.h"
+#include "fragment.h"
 
 #ifndef __CUDACC__
 #include "matrix_unit.h"
@@ -26,12 +26,6 @@ constexpr int MMA_WARPS = MMA_THREADS / WARP;
 
 /* ------------------------------------------------------------------ instructions */
 
-#ifdef __CUDACC__
-__device__ __forceinline__ unsigned shared_address(const void *p) {
-  return (unsigned)__cvta_generic_to_shared(p);
-}
-#endif
-
 /* Four 8 x 8 matrices; `row`: row lane % 8 of matrix lane / 8, in shared memory. */
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const bf16 *row) {
 #ifdef __CUDACC__
@@ -41,7 +35,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const bf16 *row
                : "memory");
 #else
   acre_host_ldmatrix part = {row, to};
-  acre_host_together(acre_host_load_straight, &part);
+  acre_host_together(acre_host_load_straight, &part, ACRE_WAIT_MATRIX);
 #endif
 }
 
@@ -54,7 +48,7 @@ __device__ __forceinline__ void load_turned(uint32_t (&to)[4], const bf16 *row) 
                : "memory");
 #else
   acre_host_ldmatrix part = {row, to};
-  acre_host_together(acre_host_load_turned, &part);
+  acre_host_together(acre_host_load_turned, &part, ACRE_WAIT_MATRIX);
 #endif
 }
 
@@ -69,7 +63,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   acre_host_mma part = {c, a, {b0, b1}};
-  acre_host_together(acre_host_multiply, &part);
+  acre_host_together(acre_host_multiply, &part, ACRE_WAIT_MATRIX);
 #endif
 }
 
@@ -91,7 +85,7 @@ __device__ __forceinline__ void copies_commit(void) {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-  acre_host_commit();
+  acre_host_copies_commit();
 #endif
 }
 
@@ -101,26 +95,8 @@ __device__ __forceinline__ void copies_wait(void) {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #else
-  acre_host_wait(N);
+  acre_host_copies_wait(N);
 #endif
-}
-
-/* Two numbers as a register of a fragment, the first below. */
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-#ifdef __CUDACC__
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-#else
-  return (uint32_t)narrow<bf16>(high).bits << 16 | narrow<bf16>(low).bits;
-#endif
-}
-
-__device__ __forceinline__ float low_of(uint32_t pair) {
-  return __uint_as_float(pair << 16);
-}
-__device__ __forceinline__ float high_of(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
 }
 
 /* ------------------------------------------------------------------ tiles */
@@ -246,24 +222,6 @@ __device__ __forceinline__ void add_weighted(product<M, N> &o, const packed<M, K
       }
     }
   }
-}
-
-/* 2^x; 0 instead of a denormal. */
-__device__ __forceinline__ float power(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
-/* Of the four lanes that have a row. */
-template <class F>
-__device__ __forceinline__ float row_reduce(float x, F by) {
-  x = by(x, __shfl_xor_sync(ALL_LANES, x, 1));
-  return by(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
 }  // namespace acre

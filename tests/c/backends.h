@@ -19,7 +19,7 @@
 
 #define EPS 0x1p-24
 #define CPU_BACKENDS 8
-#define BACKENDS (CPU_BACKENDS + 1)
+#define BACKENDS (CPU_BACKENDS + 2)
 
 static acre_backend *backends[BACKENDS];
 static acre_queue *queues[BACKENDS];
@@ -76,6 +76,14 @@ static inline bool open_cuda(void) {
   printf(" cuda-host/%s", backend->isa);
   backends[backend_count] = backend;
   return backend->ops->queue_open(backend, &queues[backend_count++], NULL) == ACRE_OK;
+}
+
+/* The same on a chip of compute capability major.minor, for its own kernels. */
+static inline bool open_cuda_of(int major, int minor) {
+  acre_host_is.major = major, acre_host_is.minor = minor;
+  bool opened = open_cuda();
+  printf("\n");
+  return opened;
 }
 #endif
 

@@ -453,6 +453,40 @@ static void test_cross_entropy(int64_t rows, int64_t vocab) {
   guarded_free(logits), guarded_free(target), guarded_free(first);
 }
 
+static void test_clear(int64_t bytes) {
+  for (int i = 0; i < backend_count; i++) {
+    uint8_t *x = guarded_alloc((size_t)bytes + 1);
+    memset(x, 0xff, (size_t)bytes + 1);
+    backends[i]->ops->clear(queues[i], x + 1, (size_t)bytes);
+    bool right = x[0] == 0xff;
+    for (int64_t c = 1; c <= bytes; c++) right &= x[c] == 0;
+    CHECK(right);
+    guarded_free(x);
+  }
+}
+
+/* A transposed matrix follows its matrix's new numbers, and takes no memory for it. */
+static void test_transpose_follows(void) {
+  float old[6] = {0}, news[6] = {1, 2, 3, 4, 5, 6}, rows[6];
+  for (int i = 0; i < backend_count; i++) {
+    const acre_backend_ops *ops = backends[i]->ops;
+    acre_matrix *W, *turned = NULL;
+    CHECK(ops->matrix_create(backends[i], &W, 2, 3, ACRE_F32, ACRE_WEIGHTS_SAME, NULL) ==
+          ACRE_OK);
+    ops->matrix_set(queues[i], W, 0, old, 2);
+    CHECK(ops->matrix_transpose(queues[i], &turned, W, NULL) == ACRE_OK);
+    ops->matrix_set(queues[i], W, 0, news, 2);
+    acre_alloc_fail_at(1);
+    CHECK(ops->matrix_transpose(queues[i], &turned, W, NULL) == ACRE_OK);
+    acre_alloc_fail_at(0);
+    ops->matrix_get(queues[i], rows, turned, 0, 3);
+    CHECK(ops->sync(queues[i], NULL) == ACRE_OK);
+    CHECK(rows[0] == 1 && rows[1] == 4 && rows[2] == 2 && rows[5] == 6);
+    ops->matrix_release(turned);
+    ops->matrix_release(W);
+  }
+}
+
 int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 7)) return 1;
   test_memory();
@@ -466,6 +500,10 @@ int main(int argc, char **argv) {
   test_cross_entropy(1, 1);
   test_cross_entropy(3, 37);
   test_cross_entropy(130, 1003);
+  test_clear(0);
+  test_clear(1);
+  test_clear(3000001);
+  test_transpose_follows();
   close_backends();
   return check_report();
 }

@@ -100,25 +100,27 @@ static void ask(answer *out, acre_model *model, acre_model *asked, acre_proxy pr
   acre_cache_release(cache);
 }
 
-static acre_example example_of(int32_t *ids, int32_t *tail, uint8_t *evidence,
-                               const int64_t *intervals) {
+static acre_example example_of(int32_t *ids, acre_question *question, int32_t *asked,
+                               uint8_t *evidence, const int64_t *intervals) {
   acre_example e = acre_example_default();
-  tiny_ids(ids, 70, 5), tiny_ids(tail, 9, 6);
+  tiny_ids(ids, 70, 5), tiny_ids(asked, 9, 6);
   memset(evidence, 0, 70);
   evidence[20] = 1;
-  e.ids = ids, e.n = 70, e.tail = tail, e.t = 9;
+  *question = (acre_question){asked, 9, NULL, evidence, 2, 6};
+  e.ids = ids, e.n = 70;
   e.window = 24, e.stride = 16, e.carry = 5;
   e.intervals = intervals, e.windows = 4;
-  e.evidence = evidence, e.first = 2, e.last = 6, e.evidence_weight = 3.0;
+  e.questions = question, e.question_count = 1, e.evidence_weight = 3.0;
   return e;
 }
 
 /* Two steps of training; *loss of each example, and the parameters behind them. */
 static float *learn(acre_model *model, double loss[2], int64_t *size) {
   static const int64_t intervals[4] = {4, 2, 8, 3};
-  int32_t ids[70], tail[9];
+  int32_t ids[70], asked[9];
   uint8_t evidence[70];
-  acre_example example = example_of(ids, tail, evidence, intervals);
+  acre_question question;
+  acre_example example = example_of(ids, &question, asked, evidence, intervals);
   acre_adamw adamw = acre_adamw_default();
   acre_error error = {0};
   acre_trainer *trainer = NULL;

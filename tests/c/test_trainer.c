@@ -5,29 +5,34 @@
 
 #include <math.h>
 
-enum { TOKENS = 70, TAIL = 9, WINDOWS = 4 };
+enum { TOKENS = 70, ASKED = 9, WINDOWS = 4, QUESTIONS = 2 };
 
 /* One example of every feature. */
 typedef struct lesson {
-  int32_t ids[TOKENS], tail[TAIL];
+  int32_t ids[TOKENS], asked[QUESTIONS][ASKED];
   uint8_t evidence[TOKENS];
   int64_t intervals[WINDOWS];
+  acre_question questions[QUESTIONS];
   acre_example example;
 } lesson;
 
 static void make_lesson(lesson *l) {
   tiny_ids(l->ids, TOKENS, 5);
-  tiny_ids(l->tail, TAIL, 6);
   memset(l->evidence, 0, sizeof l->evidence);
   l->evidence[20] = 1;
   const int64_t intervals[WINDOWS] = {4, 2, 8, 3};
   memcpy(l->intervals, intervals, sizeof intervals);
   l->example = acre_example_default();
   l->example.ids = l->ids, l->example.n = TOKENS;
-  l->example.tail = l->tail, l->example.t = TAIL;
   l->example.window = 24, l->example.stride = 16, l->example.carry = 5;
   l->example.intervals = l->intervals, l->example.windows = WINDOWS;
-  l->example.evidence = l->evidence, l->example.first = 2, l->example.last = 6;
+  for (int i = 0; i < QUESTIONS; ++i) {
+    tiny_ids(l->asked[i], ASKED, 6 + (uint64_t)i);
+    l->questions[i] = (acre_question){.ids = l->asked[i], .t = ASKED - i};
+  }
+  l->questions[0].evidence = l->evidence;
+  l->questions[0].first = 2, l->questions[0].last = 6;
+  l->example.questions = l->questions, l->example.question_count = QUESTIONS;
   l->example.evidence_weight = 3.0;
 }
 
@@ -99,7 +104,7 @@ static void test_states(acre_model *model) {
   CHECK(acre_trainer_result(&result, trainer, &error) == ACRE_BAD_STATE);
   CHECK(acre_trainer_begin(trainer, &l.example, true, &error) == ACRE_OK);
   CHECK(acre_trainer_step(trainer, &done, &total, &error) == ACRE_OK);
-  CHECK(done == 1 && total == 2 * (WINDOWS + 1));
+  CHECK(done == 1 && total == 2 * (WINDOWS + QUESTIONS));
   CHECK(acre_trainer_result(&result, trainer, &error) == ACRE_BAD_STATE);
   CHECK(learn(trainer, &l.example, &result, &error) == ACRE_OK); /* begun anew */
   CHECK(acre_trainer_step(trainer, &done, &total, &error) == ACRE_OK && done == total);
@@ -130,6 +135,24 @@ static void test_learning(acre_model *model) {
   acre_trainer_release(trainer);
 }
 
+/* Any flag that is not zero counts, on the way there and back. */
+static void test_flags_of_heads(acre_model *model) {
+  lesson l;
+  acre_error error = {0};
+  acre_trainer *trainer;
+  acre_example_result ones, others;
+  uint8_t heads[TINY_LAYERS * 4] = {0};
+  make_lesson(&l);
+  l.example.heads = heads;
+  CHECK(acre_trainer_open(&trainer, model, &error) == ACRE_OK);
+  heads[2] = heads[5] = 1;
+  CHECK(learn(trainer, &l.example, &ones, &error) == ACRE_OK);
+  heads[2] = 4, heads[5] = 255;
+  CHECK(learn(trainer, &l.example, &others, &error) == ACRE_OK);
+  CHECK(ones.evidence > 0 && ones.evidence == others.evidence);
+  acre_trainer_release(trainer);
+}
+
 int main(void) {
   acre_error error = {0};
   acre_engine *engine = NULL;
@@ -140,6 +163,7 @@ int main(void) {
   if (model) {
     test_states(model);
     test_learning(model);
+    test_flags_of_heads(model);
   }
   acre_model_release(model);
   acre_engine_release(engine);
