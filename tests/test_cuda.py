@@ -18,6 +18,7 @@ import acre
 from acre import _core, devices
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+OBJECTS = ROOT / "build" / "cuda" / "cuda"
 PLUGIN = devices.cuda_plugin()
 built = pytest.mark.skipif(PLUGIN is None, reason="no nvcc, so no acre/_cuda.so")
 
@@ -31,9 +32,8 @@ def loads(library: str) -> bool:
 
 def from_wheel(pattern: str) -> pathlib.Path | None:
     """A file of the nvidia-* wheels, by its path below nvidia/."""
-    for directory in devices.cuda_libraries().split(":"):
-        root = pathlib.Path(directory).parent.parent
-        for path in root.glob(pattern) if directory else ():
+    for directory in sys.path:
+        for path in pathlib.Path(directory, "nvidia").glob(pattern):
             return path
     return None
 
@@ -108,17 +108,18 @@ def test_machine_code_of_each_chip_and_ptx():
     command = [tool, "--list-elf", "--list-ptx", PLUGIN]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kinds = Counter(re.findall(r"(sm_\w+)\.(cubin|ptx)", listed))
-    sources = len(list((ROOT / "cuda").glob("*.cu")))
-    assert kinds["sm_80", "cubin"] >= sources
-    assert kinds["sm_90a", "cubin"] >= sources
-    assert kinds["sm_90", "ptx"] == sources
+    sources = list((ROOT / "cuda").rglob("*.cu"))
+    everywhere = [path for path in sources if path.parent.name != "sm90"]
+    assert kinds["sm_80", "cubin"] >= len(everywhere)
+    assert kinds["sm_90a", "cubin"] >= len(sources)
+    assert kinds["sm_90", "ptx"] == len(everywhere)
     assert set(kinds) == {("sm_80", "cubin"), ("sm_90a", "cubin"), ("sm_90", "ptx")}
 
 
 @built
 def test_no_kernel_spills():
     """Of the compiler's reports: registers that go to memory and back."""
-    logs = sorted((ROOT / "build" / "cuda" / "cuda").rglob("*.cu.log"))
+    logs = sorted(OBJECTS.rglob("*.cu.log"))
     if not logs:
         pytest.skip("the backend was built elsewhere")
     kernels, spilling = 0, []
@@ -134,27 +135,71 @@ def test_no_kernel_spills():
     assert not spilling
 
 
+def machine_code(folder: str, chip: str) -> dict[str, str]:
+    """The disassembly for `chip` of every kernel of a folder of cuda/, by its mangled
+    name."""
+    objects = sorted((OBJECTS / folder).glob("*.o"))
+    if not objects:
+        pytest.skip("the backend was built elsewhere")
+    tools = [
+        shutil.which(name) or from_wheel(f"*/bin/{name}")
+        for name in ("cuobjdump", "nvdisasm")
+    ]
+    if None in tools:
+        pytest.skip("no cuobjdump or nvdisasm (nvidia-cuda-cuobjdump, -nvdisasm)")
+    path = os.pathsep.join([str(pathlib.Path(tools[1]).parent), os.environ["PATH"]])
+    found = {}
+    for file in objects:
+        listed = subprocess.run(
+            [tools[0], "-sass", "-arch", chip, file],
+            capture_output=True, text=True, check=True, env=os.environ | {"PATH": path},
+        ).stdout  # fmt: skip
+        parts = re.split(r"Function : (\S+)", listed)
+        found |= zip(parts[1::2], parts[2::2], strict=True)
+    return found
+
+
+@built
+def test_attention_uses_matrix_units():
+    """Of 8.0: products of fragments, fragments from shared memory, copies past the
+    registers; and nothing in local memory."""
+    kernels = re.compile(r"_cu_.*(attend|decode|dq|dkv)_kernelILi(\d+)E")
+    wanted = [
+        "HMMA.16816.F32.BF16",
+        "LDSM.16.M88.4",
+        "LDSM.16.MT88.4",
+        "LDGSTS.E.BYPASS.128",
+    ]
+    found = Counter()
+    for name, text in machine_code("sm80", "sm_80").items():
+        kernel = kernels.search(name)
+        if kernel is None:
+            continue
+        found[kernel[1]] += 1
+        for instruction in wanted:
+            assert instruction in text, (name, instruction)
+        assert not re.search(r"\b(LDL|STL)\b", text), name
+    assert found == {"attend": 5, "decode": 5, "dq": 5, "dkv": 5}
+
+
 @built
 def test_hopper_s_own_instructions():
-    """Matrix products of warpgroups, side by side, and bulk copies of tensors."""
-    log = ROOT / "build" / "cuda" / "cuda" / "sm90" / "attend.cu.log"
+    """Of 9.0: matrix products of warpgroups, bulk copies of tensors, registers that
+    change hands; and nothing in local memory."""
+    kernels = machine_code("sm90", "sm_90a")
+    assert len(kernels) == 2
+    for text in kernels.values():
+        for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "MUFU.EX2"):
+            assert instruction in text, instruction
+        assert not re.search(r"\b(STL|LDL|HMMA)\b", text)
+
+
+@built
+def test_products_of_warpgroups_run_side_by_side():
+    log = OBJECTS / "sm90" / "attend.cu.log"
     if not log.exists():
         pytest.skip("the backend was built elsewhere")
     assert "serialized" not in log.read_text() and "C75" not in log.read_text()
-    tool = shutil.which("cuobjdump") or from_wheel("*/bin/cuobjdump")
-    if tool is None or not (shutil.which("nvdisasm") or from_wheel("*/bin/nvdisasm")):
-        pytest.skip("no cuobjdump or no nvdisasm (nvidia-cuda-nvdisasm)")
-    path = os.pathsep.join([str(pathlib.Path(tool).parent), os.environ["PATH"]])
-    listed = subprocess.run(
-        [tool, "--dump-sass", log.with_suffix(".o")],
-        capture_output=True, text=True, check=True, env=os.environ | {"PATH": path},
-    ).stdout  # fmt: skip
-    kernels = re.split(r"Function : ", listed)[1:]
-    assert len(kernels) == 2
-    for code in kernels:
-        for name in ("HGMMA", "UTMALDG", "USETMAXREG", "MUFU.EX2"):
-            assert name in code, name
-        assert not re.search(r"\b(STL|LDL|HMMA)\b", code)
 
 
 def test_numbers_of_cublaslt_are_the_library_s():

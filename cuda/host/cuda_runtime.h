@@ -112,12 +112,35 @@ struct acre_host_thread {
   dim3 index, block, block_size, grid;
 };
 
+/* What a thread may wait for. */
+enum acre_host_wait {
+  ACRE_WAIT_BARRIER,
+  ACRE_WAIT_WARP,
+  ACRE_WAIT_XOR,
+  ACRE_WAIT_SHUFFLE,
+  ACRE_WAIT_MATRIX,
+  ACRE_WAIT_NAME,
+  ACRE_WAIT_MBARRIER,
+  ACRE_WAIT_WGMMA,
+  ACRE_WAITS
+};
+
 extern "C" {
 const acre_host_thread *acre_host_current(void);
 unsigned char *acre_host_shared(void);
 void acre_host_barrier(void);
 /* What lane `source` of this warp gives, once all lanes of `mask` came here. */
-uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind);
+uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, acre_host_wait kind);
+/* What a whole warp does at once: `act`, for the parts of all its lanes, by the last to come. */
+typedef void (*acre_host_act)(void *const *parts, int warp);
+void acre_host_together(acre_host_act act, void *part, acre_host_wait kind);
+void acre_host_conflict(void); /* of banks of shared memory: slow, not wrong */
+/* `bytes` bytes and zeros up to `room`, seen from the first __syncthreads or __syncwarp on
+ * behind the thread's wait for the group that it is of; a group ends at a commit, and a wait leaves the latest
+ * `under_way` groups under way. */
+void acre_host_copy(void *to, const void *from, size_t bytes, size_t room);
+void acre_host_copies_commit(void);
+void acre_host_copies_wait(int under_way);
 }
 
 #define threadIdx (acre_host_current()->index)
@@ -127,11 +150,11 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
 
 static inline void __syncthreads(void) { acre_host_barrier(); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  acre_host_exchange(mask, 0, (int)(threadIdx.x % 32), 1);
+  acre_host_exchange(mask, 0, (int)(threadIdx.x % 32), ACRE_WAIT_WARP);
 }
 
 template <class T>
-static inline T acre_host_shuffle(unsigned mask, T value, int source, int kind) {
+static inline T acre_host_shuffle(unsigned mask, T value, int source, acre_host_wait kind) {
   static_assert(sizeof(T) == 4, "only 4-byte shuffles are here");
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
@@ -141,11 +164,17 @@ static inline T acre_host_shuffle(unsigned mask, T value, int source, int kind) 
 }
 template <class T>
 static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return acre_host_shuffle(mask, value, (int)(threadIdx.x % 32) ^ lanes, 2);
+  return acre_host_shuffle(mask, value, (int)(threadIdx.x % 32) ^ lanes, ACRE_WAIT_XOR);
 }
 template <class T>
 static inline T __shfl_sync(unsigned mask, T value, int source) {
-  return acre_host_shuffle(mask, value, source % 32, 3);
+  return acre_host_shuffle(mask, value, source % 32, ACRE_WAIT_SHUFFLE);
+}
+
+static inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 template <class T>

@@ -386,11 +386,11 @@ void acre_host_wgmma(float *d, int columns, const uint32_t *a, uint64_t a_matrix
                      uint64_t b, bool turned, bool add) {
   use();
   product_call call = {d, a, a_matrix, b, columns, turned, add};
-  acre_host_together(&call, issue, ACRE_WAIT_WGMMA);
+  acre_host_together(issue, &call, ACRE_WAIT_WGMMA);
 }
-void acre_host_wgmma_fence(void) { acre_host_together(NULL, fence, ACRE_WAIT_WGMMA); }
-void acre_host_wgmma_commit(void) { acre_host_together(NULL, commit, ACRE_WAIT_WGMMA); }
-void acre_host_wgmma_wait(int left) { acre_host_together(&left, wait, ACRE_WAIT_WGMMA); }
+void acre_host_wgmma_fence(void) { acre_host_together(fence, NULL, ACRE_WAIT_WGMMA); }
+void acre_host_wgmma_commit(void) { acre_host_together(commit, NULL, ACRE_WAIT_WGMMA); }
+void acre_host_wgmma_wait(int left) { acre_host_together(wait, &left, ACRE_WAIT_WGMMA); }
 
 /* What the driver demands of a map, as far as it is asked for here. */
 static CUresult encode(CUtensorMap *out, CUtensorMapDataType type, cuuint32_t rank,

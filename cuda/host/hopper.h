@@ -19,10 +19,9 @@ bool acre_hopper_step(uint64_t random,
                       bool must); /* whether the copy engine did something */
 bool acre_hopper_end(void);       /* whether nothing is left undone */
 
-/* Of run.cpp: a wait for a condition, what a warp does together, randomness, a broken rule. */
+/* Of run.cpp: a wait for a condition, randomness, a broken rule. */
 void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what,
-                     uint32_t which, int kind);
-void acre_host_together(void *mine, void (*act)(void *const *of, int warp), int kind);
+                     uint32_t which, acre_host_wait kind);
 uint64_t acre_host_random(void);
 void acre_host_fault(const char *rule);
 
@@ -43,11 +42,5 @@ void acre_host_wgmma_fence(void);
 void acre_host_wgmma_commit(void);
 void acre_host_wgmma_wait(int left);
 }
-
-enum {
-  ACRE_WAIT_NAME = 4,
-  ACRE_WAIT_MBARRIER = 5,
-  ACRE_WAIT_WGMMA = 6
-}; /* kinds of wait */
 
 #endif

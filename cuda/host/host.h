@@ -17,6 +17,8 @@ extern acre_host_machine acre_host_is;
 
 void acre_host_seed(uint64_t seed); /* of the order of blocks and threads */
 int64_t acre_host_launches(void);   /* of kernels, so far */
+const char *acre_host_kernel(void); /* the last of them, as its launch has it */
+int64_t acre_host_conflicts(void);  /* of banks that matrix instructions met, so far */
 void acre_host_fail(int error,
                     int64_t call); /* the call-th of the calls that can, from 1 */
 

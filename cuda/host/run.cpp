@@ -3,9 +3,10 @@
  * A fiber runs until it reaches a barrier or a shuffle, so between two of them a thread sees
  * either all or nothing of what another did; both blocks and threads are taken in an order
  * that changes from block to block, so that a barrier that is missing shows as a wrong
- * result. Shared memory is full of NaN before each block, and allocated to the byte, so that
- * AddressSanitizer sees what lies beyond. Where no thread can go on, the launch fails and
- * says who waits for what; nothing hangs. */
+ * result. An asynchronous copy leaves NaN where it goes to and arrives at the first barrier
+ * behind its thread's wait for it, no sooner. Shared memory is full of NaN before each block,
+ * and allocated to the byte, so that AddressSanitizer sees what lies beyond. Where no thread
+ * can go on, the launch fails and says who waits for what; nothing hangs. */
 #include "cuda_runtime.h"
 #include "fiber.h"
 #include "hopper.h"
@@ -18,12 +19,25 @@ extern "C" size_t acre_host_shared_most(void); /* runtime.cpp */
 
 namespace {
 
-enum { THREADS_MOST = 1024, LANES = 32, KINDS = 7 };
+enum { THREADS_MOST = 1024, LANES = 32, COPIES_MOST = 512 };
 enum wait { READY, AT_BARRIER, AT_EXCHANGE, AT_CONDITION, ENDED };
 
-const char *const KIND[KINDS] = {"a barrier",   "__syncwarp",      "__shfl_xor_sync",
-                                 "__shfl_sync", "a named barrier", "an mbarrier",
-                                 "wgmma"};
+const char *const WAIT[ACRE_WAITS] = {"a barrier",
+                                      "__syncwarp",
+                                      "__shfl_xor_sync",
+                                      "__shfl_sync",
+                                      "a matrix instruction",
+                                      "a named barrier",
+                                      "an mbarrier",
+                                      "wgmma"};
+
+/* An asynchronous copy under way, of the group-th group of its thread. */
+struct async_copy {
+  void *to;
+  const void *from;
+  size_t bytes, room;
+  int64_t group;
+};
 
 struct thread {
   acre_host_thread place;
@@ -31,10 +45,15 @@ struct thread {
   wait state;
   unsigned mask; /* of an exchange */
   uint32_t value;
-  int source, kind;
-  void *given; /* to what a warp does together */
-  bool (*ready)(const void *, uint32_t);
+  int source;
+  acre_host_wait kind;
+  acre_host_act act; /* of what a warp does together, and this lane's part of it */
+  void *part;
+  bool (*ready)(const void *, uint32_t); /* of a condition */
   const void *awaited;
+  async_copy *copies; /* [COPIES_MOST], from the oldest on */
+  int copy_count;
+  int64_t groups, waited; /* that were committed; up to which the thread waited */
 };
 
 struct machine {
@@ -52,7 +71,8 @@ struct machine {
 };
 
 thread_local machine here;
-thread_local int64_t launches;
+thread_local int64_t launches, conflicts;
+thread_local const char *latest = "";
 uint64_t first_seed = 1;
 
 uint64_t random_bits(machine *m) { /* splitmix64 */
@@ -91,6 +111,7 @@ void begin(machine *m, dim3 block, dim3 at, dim3 grid) {
     dim3 index(n % block.x, n / block.x % block.y, n / block.x / block.y);
     t->place = {index, at, block, grid};
     t->state = READY;
+    t->copy_count = 0, t->groups = t->waited = 0;
     acre_fiber_begin(&t->fiber, thread_main);
   }
   shuffle(m);
@@ -120,16 +141,15 @@ bool turn(machine *m) {
 void tell(const machine *m, const char *name, uint64_t seed) {
   fprintf(stderr, "kernel %s, seed %llu: of %d threads %d have ended", name,
           (unsigned long long)seed, m->count, m->ended);
-  int waiting[KINDS] = {0}, first[KINDS] = {0};
+  int waiting[ACRE_WAITS] = {0}, first[ACRE_WAITS] = {0};
   for (int i = m->count - 1; i >= 0; i--) {
     const thread *t = &m->threads[i];
     if (t->state == ENDED) continue;
-    int kind = t->state == AT_BARRIER ? 0 : t->kind;
-    waiting[kind]++, first[kind] = i;
+    waiting[t->kind]++, first[t->kind] = i;
   }
-  for (int kind = 0; kind < KINDS; kind++)
+  for (int kind = 0; kind < ACRE_WAITS; kind++)
     if (waiting[kind])
-      fprintf(stderr, ", %d wait at %s (thread %d of block %u)", waiting[kind], KIND[kind],
+      fprintf(stderr, ", %d wait at %s (thread %d of block %u)", waiting[kind], WAIT[kind],
               first[kind], m->threads[0].place.block.x);
   fprintf(stderr, "\n");
 }
@@ -184,6 +204,39 @@ cudaError_t run_blocks(machine *m, const char *name, dim3 grid, dim3 block, size
   return right ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+/* What a thread has waited for, at its next barrier: others may not look before. */
+void deliver(thread *self) {
+  int left = 0;
+  for (int i = 0; i < self->copy_count; i++) {
+    async_copy copy = self->copies[i];
+    if (copy.group >= self->waited) {
+      self->copies[left++] = copy;
+      continue;
+    }
+    memset(copy.to, 0, copy.room);
+    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+  }
+  self->copy_count = left;
+}
+
+/* Whether all lanes of the mask are here for the same thing, this thread the last of them;
+ * else returns when that one has done it. */
+bool last_to_come(machine *m, thread *self, unsigned mask, acre_host_wait kind,
+                  acre_host_act act) {
+  int warp = (int)(self - m->threads) / LANES * LANES;
+  self->state = AT_EXCHANGE;
+  self->mask = mask, self->kind = kind, self->act = act;
+  bool all = mask >> (self - m->threads - warp) & 1;
+  for (int lane = 0; all && lane < LANES; lane++) {
+    if (!(mask >> lane & 1)) continue;
+    const thread *t = &m->threads[warp + lane];
+    all = warp + lane < m->count && t->state == AT_EXCHANGE && t->mask == mask &&
+          t->kind == kind && t->act == act;
+  }
+  if (!all) yield();
+  return all;
+}
+
 }  // namespace
 
 extern "C" {
@@ -195,28 +248,20 @@ const acre_host_thread *acre_host_current(void) { return &here.current->place; }
 unsigned char *acre_host_shared(void) { return here.shared; }
 
 void acre_host_barrier(void) {
-  here.current->state = AT_BARRIER;
+  deliver(here.current);
+  here.current->state = AT_BARRIER, here.current->kind = ACRE_WAIT_BARRIER;
   here.at_barrier++;
   yield();
 }
 
-uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind) {
+uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source,
+                            acre_host_wait kind) {
   machine *m = &here;
   thread *self = m->current;
+  self->value = value, self->source = source;
+  if (kind == ACRE_WAIT_WARP) deliver(self);
+  if (!last_to_come(m, self, mask, kind, NULL)) return self->value;
   int warp = (int)(self - m->threads) / LANES * LANES;
-  self->state = AT_EXCHANGE;
-  self->mask = mask, self->value = value, self->source = source, self->kind = kind;
-  bool all = mask >> (self - m->threads - warp) & 1; /* of the mask, for the same thing */
-  for (int lane = 0; all && lane < LANES; lane++) {
-    if (!(mask >> lane & 1)) continue;
-    const thread *t = &m->threads[warp + lane];
-    all = warp + lane < m->count && t->state == AT_EXCHANGE && t->mask == mask &&
-          t->kind == kind;
-  }
-  if (!all) {
-    yield();
-    return self->value;
-  }
   uint32_t given[LANES];
   for (int lane = 0; lane < LANES; lane++)
     if (mask >> lane & 1) given[lane] = m->threads[warp + lane].value;
@@ -229,35 +274,42 @@ uint32_t acre_host_exchange(unsigned mask, uint32_t value, int source, int kind)
   return self->value;
 }
 
+void acre_host_together(acre_host_act act, void *part, acre_host_wait kind) {
+  machine *m = &here;
+  thread *self = m->current;
+  self->part = part;
+  if (!last_to_come(m, self, ~0u, kind, act)) return;
+  int warp = (int)(self - m->threads) / LANES;
+  void *parts[LANES];
+  for (int lane = 0; lane < LANES; lane++) {
+    parts[lane] = m->threads[warp * LANES + lane].part;
+    m->threads[warp * LANES + lane].state = READY;
+  }
+  act(parts, warp);
+}
+
+void acre_host_conflict(void) { conflicts++; }
+
+void acre_host_copy(void *to, const void *from, size_t bytes, size_t room) {
+  thread *self = here.current;
+  if (!self->copies) self->copies = (async_copy *)calloc(COPIES_MOST, sizeof *self->copies);
+  if (!self->copies || self->copy_count == COPIES_MOST) abort();
+  memset(to, 0xff, room); /* NaN */
+  self->copies[self->copy_count++] = {to, from, bytes, room, self->groups};
+}
+
+void acre_host_copies_commit(void) { here.current->groups++; }
+
+void acre_host_copies_wait(int under_way) {
+  here.current->waited = here.current->groups - under_way;
+}
+
 void acre_host_await(bool (*ready)(const void *, uint32_t), const void *what,
-                     uint32_t which, int kind) {
+                     uint32_t which, acre_host_wait kind) {
   thread *self = here.current;
   self->state = AT_CONDITION, self->kind = kind;
   self->ready = ready, self->awaited = what, self->value = which;
   yield();
-}
-
-/* The last lane that comes acts for all of the warp. */
-void acre_host_together(void *mine, void (*act)(void *const *of, int warp), int kind) {
-  machine *m = &here;
-  thread *self = m->current;
-  int warp = (int)(self - m->threads) / LANES;
-  thread *lanes = m->threads + warp * LANES;
-  void *of[LANES];
-  self->state = AT_EXCHANGE, self->mask = ~0u, self->kind = kind, self->given = mine;
-  self->awaited = (const void *)act;
-  bool all = (warp + 1) * LANES <= m->count;
-  for (int i = 0; all && i < LANES; i++) {
-    all = lanes[i].state == AT_EXCHANGE && lanes[i].kind == kind &&
-          lanes[i].awaited == self->awaited;
-    of[i] = lanes[i].given;
-  }
-  if (!all) {
-    yield();
-    return;
-  }
-  act(of, warp);
-  for (int i = 0; i < LANES; i++) lanes[i].state = READY;
 }
 
 uint64_t acre_host_random(void) { return random_bits(&here); }
@@ -270,7 +322,7 @@ void acre_host_fault(const char *rule) {
 cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
                           void (*call)(const void *), const void *arguments) {
   machine *m = &here;
-  launches++;
+  launches++, latest = name;
   cudaError_t refused = acre_host_result();
   if (refused != cudaSuccess) return refused;
   if (!allowed(grid, block, shared) || !prepare(m)) {
@@ -293,4 +345,6 @@ cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared
 
 void acre_host_seed(uint64_t seed) { first_seed = here.random = seed; }
 int64_t acre_host_launches(void) { return launches; }
+const char *acre_host_kernel(void) { return latest; }
+int64_t acre_host_conflicts(void) { return conflicts; }
 }

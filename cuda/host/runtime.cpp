@@ -112,7 +112,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMajor: *value = acre_host_is.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = acre_host_is.minor; break;
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)acre_host_shared_most(); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = (int)acre_host_shared_most();
+      break;
   }
   return result();
 }

@@ -12,6 +12,8 @@
  * this kernel takes any number of rows, and only leaves a split row to others. */
 #include "sm90/attend.h"
 
+#include "fragment.h"
+#include "sm80/sm80.h"
 #include "tiles.h"
 
 #include <math.h>
@@ -111,43 +113,6 @@ __device__ __forceinline__ void produce(const window_call &a, const rings<D> &to
       fetch<D>(to, 1, at, &a.values[tile.own], block.kv * D, tile.first);
     }
   }
-}
-
-/* ------------------------------------------------------------------ numbers */
-
-/* 2^x, within two units of the last place; 0 below 2^-126. */
-__device__ __forceinline__ float power(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
-/* Two numbers as bf16, the first in the lower half. */
-__device__ __forceinline__ uint32_t pair(float low, float high) {
-#ifdef __CUDACC__
-  uint32_t y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-#else
-  return narrow<bf16>(low).bits | (uint32_t)narrow<bf16>(high).bits << 16;
-#endif
-}
-
-__device__ __forceinline__ float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-/* Among the four threads that share a row. */
-template <class F>
-__device__ __forceinline__ float row_reduce(float x, F by) {
-  x = by(x, __shfl_xor_sync(ALL_LANES, x, 1));
-  return by(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
 /* ------------------------------------------------------------------ a consumer */
@@ -267,8 +232,8 @@ __device__ __forceinline__ void round_weights(uint32_t (&p)[STEPS][4],
                                               const float (&s)[SCORES], running (&now)[2]) {
 #pragma unroll
   for (int i = 0; i < SCORES; i += 2) {
-    uint32_t both = pair(s[i], s[i + 1]);
-    now[fragment_row(i)].sum += from_bits(both << 16) + from_bits(both & 0xffff0000u);
+    uint32_t both = pair_of(s[i], s[i + 1]);
+    now[fragment_row(i)].sum += low_of(both) + high_of(both);
     p[i / 8][i / 2 % 4] = both;
   }
 }
@@ -297,7 +262,7 @@ __device__ __forceinline__ void write_items(const window_call &a, const window_i
 #pragma unroll
     for (int i = 0; i < D / 2; i += 2)
       if (fragment_row(i) == r)
-        *(uint32_t *)(out + fragment_column(i, lane)) = pair(o[i] * by, o[i + 1] * by);
+        *(uint32_t *)(out + fragment_column(i, lane)) = pair_of(o[i] * by, o[i + 1] * by);
   }
 }
 
@@ -503,8 +468,8 @@ void acre_cuda_sm90_attend(acre_queue *queue, void *out, int64_t out_stride, flo
                   acre::aligned(q, q_stride * (int64_t)sizeof(float)) &&
                   ((uintptr_t)out | (uintptr_t)(out_stride * 2)) % 4 == 0;
   if (!made_for)
-    return acre_cuda_attend(queue, out, out_stride, lse, q, q_stride, prefix, own, seen,
-                            rows, split, heads);
+    return acre_cuda_sm80_attend(queue, out, out_stride, lse, q, q_stride, prefix, own,
+                                 seen, rows, split, heads);
   if (rows <= 0) return;
   window_call a = {};
   a.q = q, a.q_stride = q_stride, a.out = (bf16 *)out, a.out_stride = out_stride;

@@ -46,7 +46,7 @@ void *find_tensor_maps(void);
 }  // namespace sm90
 }  // namespace acre
 
-/* As backend.h has it; what it is not made for goes to acre_cuda_attend. */
+/* As backend.h has it; what it is not made for goes to acre_cuda_sm80_attend. */
 void acre_cuda_sm90_attend(acre_queue *, void *out, int64_t out_stride, float *lse,
                            const float *q, int64_t q_stride, const acre_keys *prefix,
                            const acre_keys *own, int64_t seen, int64_t rows, bool split,

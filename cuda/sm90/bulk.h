@@ -28,10 +28,6 @@ __device__ __forceinline__ int swizzled(int row, int unit) {
 
 #ifdef __CUDACC__
 
-__device__ __forceinline__ unsigned shared_address(const void *shared) {
-  return (unsigned)__cvta_generic_to_shared(shared);
-}
-
 /* Phase after phase: one is over once `count` arrivals and all the bytes expected in it came. */
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

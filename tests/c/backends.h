@@ -8,7 +8,9 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "guard.h"
+#ifdef ACRE_TEST_CUDA
 #include "host.h"
+#endif
 #include "platform.h"
 #include "plugin.h"
 
@@ -79,7 +81,9 @@ static inline bool open_cuda(void) {
 /* The same on a chip of compute capability major.minor, for its own kernels. */
 static inline bool open_cuda_of(int major, int minor) {
   acre_host_is.major = major, acre_host_is.minor = minor;
-  return open_cuda();
+  bool opened = open_cuda();
+  printf("\n");
+  return opened;
 }
 #endif
 
@@ -120,6 +124,9 @@ static inline void close_backends(void) {
     backends[i]->ops->destroy(backends[i]);
   }
   CHECK(acre_alloc_live() == 0);
+#ifdef ACRE_TEST_CUDA
+  CHECK(acre_host_conflicts() == 0);
+#endif
 }
 
 #endif

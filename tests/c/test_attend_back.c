@@ -7,7 +7,8 @@ typedef struct back_case {
   int64_t d, kv_heads, group, prefix, rows;
   acre_dtype dtype;
   bool bias;
-  float loud; /* factor of the queries */
+  float loud;    /* factor of the queries */
+  int64_t shift; /* numbers in front of q, keys and values: 0 where they are aligned */
 } back_case;
 
 typedef struct back_data {
@@ -40,11 +41,21 @@ static acre_keys keys_of(const back_case *c, const back_data *a, int s) {
   return (acre_keys){a->keys[s], a->values[s], c->bias ? a->bias[s] : NULL, a->count[s]};
 }
 
+/* n numbers of T behind `shift` others. */
+static void *shifted(const back_case *c, int64_t n) {
+  char *x = random_typed(n + c->shift, c->dtype);
+  return x + c->shift * (int64_t)acre_dtype_size(c->dtype);
+}
+
+static void free_shifted(const back_case *c, void *x) {
+  guarded_free((char *)x - c->shift * (int64_t)acre_dtype_size(c->dtype));
+}
+
 static back_data make_data(const back_case *c) {
   int64_t n = c->rows * heads_of(c) * c->d, width = c->kv_heads * c->d;
   back_data a = {.count = {c->prefix, c->rows}};
   a.q_f32 = random_floats(n);
-  a.q = guarded_alloc((size_t)n * acre_dtype_size(c->dtype));
+  a.q = shifted(c, n);
   a.out = guarded_alloc((size_t)n * acre_dtype_size(c->dtype));
   for (int64_t i = 0; i < n; i++) {
     a.q_f32[i] = as(a.q_f32[i] * c->loud, c->dtype);
@@ -56,18 +67,20 @@ static back_data make_data(const back_case *c) {
   a.dout = random_floats(n);
   a.lse = nans(c->rows * heads_of(c));
   for (int s = 0; s < 2; s++) {
-    a.keys[s] = random_typed(a.count[s] * width, c->dtype);
-    a.values[s] = random_typed(a.count[s] * width, c->dtype);
+    a.keys[s] = shifted(c, a.count[s] * width);
+    a.values[s] = shifted(c, a.count[s] * width);
     a.bias[s] = random_floats(a.count[s]);
   }
   return a;
 }
 
-static void free_data(back_data *a) {
-  guarded_free(a->q), guarded_free(a->out), guarded_free(a->q_f32);
+static void free_data(const back_case *c, back_data *a) {
+  free_shifted(c, a->q), guarded_free(a->out), guarded_free(a->q_f32);
   guarded_free(a->dout), guarded_free(a->lse);
-  for (int s = 0; s < 2; s++)
-    guarded_free(a->keys[s]), guarded_free(a->values[s]), guarded_free(a->bias[s]);
+  for (int s = 0; s < 2; s++) {
+    free_shifted(c, a->keys[s]), free_shifted(c, a->values[s]);
+    guarded_free(a->bias[s]);
+  }
 }
 
 /* ---------------------------------------------------------------- exact values */
@@ -257,7 +270,7 @@ static void test_case(const back_case *c) {
             (int)c->kv_heads, (int)c->group, (int)c->prefix, (int)c->rows,
             c->dtype == ACRE_BF16, c->bias);
   free_gradients(&first);
-  free_data(&a);
+  free_data(c, &a);
 }
 
 static void test_shapes(void) {
@@ -268,22 +281,34 @@ static void test_shapes(void) {
       int64_t group = 1 + index % 8, prefix = (int64_t)(random_bits(&seed) % 201);
       int64_t rows = 1 + (int64_t)(random_bits(&seed) % (uint64_t)(150 / group));
       test_case(&(back_case){dims[n], 1 + index % 3, group, i % 3 ? prefix : 0, rows,
-                             i % 2 ? ACRE_BF16 : ACRE_F32, i / 2 % 2, 3.0f});
+                             i % 2 ? ACRE_BF16 : ACRE_F32, i / 2 % 2, 3.0f, 0});
     }
-  test_case(&(back_case){16, 1, 3, 200, 150, ACRE_BF16, true, 3.0f});
-  test_case(&(back_case){16, 2, 1, 64, 128, ACRE_F32, false, 30.0f}); /* sharp weights */
-  test_case(&(back_case){64, 1, 1, 900, 65, ACRE_BF16, false, 1.0f}); /* many units */
+  test_case(&(back_case){16, 1, 3, 200, 150, ACRE_BF16, true, 3.0f, 0});
+  test_case(&(back_case){16, 2, 1, 64, 128, ACRE_F32, false, 30.0f, 0}); /* sharp weights */
+  test_case(&(back_case){64, 1, 1, 900, 65, ACRE_BF16, false, 1.0f, 0}); /* many units */
   for (int dtype = 0; dtype < 2; dtype++) {
-    test_case(&(back_case){256, 1, 2, 70, 40, (acre_dtype)dtype, true, 3.0f});
-    test_case(&(back_case){270, 1, 3, 5, 9, (acre_dtype)dtype, true, 3.0f});
-    test_case(&(back_case){512, 1, 2, 66, 20, (acre_dtype)dtype, false, 3.0f});
-    test_case(&(back_case){32, 2, 2, 0, 1, (acre_dtype)dtype, false, 3.0f});
+    test_case(&(back_case){256, 1, 2, 70, 40, (acre_dtype)dtype, true, 3.0f, 0});
+    test_case(&(back_case){270, 1, 3, 5, 9, (acre_dtype)dtype, true, 3.0f, 0});
+    test_case(&(back_case){512, 1, 2, 66, 20, (acre_dtype)dtype, false, 3.0f, 0});
+    test_case(&(back_case){32, 2, 2, 0, 1, (acre_dtype)dtype, false, 3.0f, 0});
+  }
+}
+
+/* What matrix units do, in all ways that their tiles may be cut. */
+static void test_tiles(void) {
+  static const int64_t dims[] = {64, 80, 96, 128, 256};
+  static const int64_t prefixes[] = {0, 1, 31, 64, 65, 130};
+  for (int64_t i = 0; i < 20; i++) {
+    int64_t group = 1 + i * 3 % 8, rows = 1 + (int64_t)(random_bits(&seed) % (130 / group));
+    test_case(&(back_case){dims[i % 5], 1 + i / 3 % 2, group, prefixes[i * 5 / 7 % 6], rows,
+                           ACRE_BF16, i / 2 % 2, i % 6 ? 3.0f : 20.0f, i % 7 == 6});
   }
 }
 
 int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 10)) return 1;
   test_shapes();
+  test_tiles();
   close_backends();
   return check_report();
 }

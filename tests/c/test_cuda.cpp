@@ -4,6 +4,7 @@
 #include "check.h"
 #include "host.h"
 #include "internal.h"
+#include "sm80/attend.h"
 #include "tiles.h"
 
 #include <stdlib.h>
@@ -46,6 +47,57 @@ __global__ void diverged_kernel(int mode) {
       __syncwarp();
   }
   if (mode == 3 && threadIdx.x != 7) __syncthreads();
+  if (mode == 5 && threadIdx.x % 32 != 9) {
+    float c[4] = {0.0f};
+    const uint32_t a[4] = {0};
+    acre::multiply(c, a, 0, 0);
+  }
+}
+
+/* Two groups of a piece for each thread, the latter of which is zeros; what the neighbour sees
+ * of either once all but the latest `left` have arrived, with a barrier behind. */
+template <int LEFT>
+__global__ void copy_kernel(const bf16 *from, bf16 *out) {
+  bf16 *shared = (bf16 *)acre_shared();
+  int own = (int)threadIdx.x * 8, next = (int)((threadIdx.x + 1) % blockDim.x) * 8;
+  int second = (int)blockDim.x * 8;
+  acre::copy_async(shared + own, from + own, true);
+  acre::copies_commit();
+  acre::copy_async(shared + second + own, NULL, false);
+  acre::copies_commit();
+  acre::copies_wait<LEFT>();
+  __syncthreads();
+  for (int j = 0; j < 8; j++) {
+    out[own + j] = shared[next + j];
+    out[second + own + j] = shared[second + next + j];
+  }
+  __syncthreads();
+}
+
+/* c [16, 16] = a [16, D] . b [16, D]^T and then that, rounded, times b. */
+template <int D>
+__global__ void product_kernel(const bf16 *a, const bf16 *b, float *c, float *then) {
+  bf16 *tile = (bf16 *)acre_shared();
+  int lane = acre::lane_anew();
+  acre::load_tile<D, 16, 32>(tile, a, D, 16, lane, true);
+  acre::load_tile<D, 16, 32>(tile + 16 * D, b, D, 16, lane, false);
+  acre::copies_commit();
+  acre::copies_wait<0>();
+  __syncthreads();
+  acre::product<1, 16> s = {};
+  acre::product<1, D> o = {};
+  acre::packed<1, 16> w;
+  acre::add_dots<D, 1, 16>(s, tile, 0, tile + 16 * D, lane);
+  for (int n = 0; n < 2; n++)
+    for (int i = 0; i < 4; i++)
+      c[acre::row_of(0, i) * 16 + acre::column_of(n, i)] = s[0][n][i];
+  for (int n = 0; n < 2; n++)
+    for (int r = 0; r < 2; r++)
+      w[0][n][r] = acre::pair_of(s[0][n][2 * r], s[0][n][2 * r + 1]);
+  acre::add_weighted<D, 1, 16, D>(o, w, tile + 16 * D, 0, lane);
+  for (int n = 0; n < D / 8; n++)
+    for (int i = 0; i < 4; i++)
+      then[acre::row_of(0, i) * D + acre::column_of(n, i)] = o[0][n][i];
 }
 
 __global__ void sum_kernel(float *out) {
@@ -74,14 +126,62 @@ void test_missing_barriers(void) {
 }
 
 void test_divergence(void) {
-  fprintf(stderr, "four kernels that must fail:\n");
-  for (int mode = 0; mode < 4; mode++)
+  fprintf(stderr, "five kernels that must fail:\n");
+  for (int mode = 0; mode < 6; mode += mode == 3 ? 2 : 1)
     CHECK(acre_host_launch("diverged_kernel", diverged_kernel, dim3(2), dim3(64), 0,
                            mode) == cudaErrorLaunchFailure);
   float out[3 * 96];
   CHECK(acre_host_launch("sum_kernel", sum_kernel, dim3(3), dim3(96), 3 * sizeof(float),
                          out) == cudaSuccess);
   for (float sum : out) CHECK(sum == 95 * 96 / 2);
+}
+
+/* A copy is seen once its group was waited for, and no sooner. */
+void test_copies(void) {
+  alignas(16) bf16 from[64 * 8], out[2 * 64 * 8];
+  for (int i = 0; i < 64 * 8; i++) from[i].bits = (uint16_t)i;
+  size_t bytes = sizeof out;
+  for (int left = 0; left < 3; left++) {
+    auto kernel = left == 0 ? copy_kernel<0> : left == 1 ? copy_kernel<1> : copy_kernel<2>;
+    CHECK(acre_host_launch("copy_kernel", kernel, dim3(1), dim3(64), bytes, from, out) ==
+          cudaSuccess);
+    bool right = true;
+    for (int i = 0; i < 64 * 8; i++) {
+      right &= out[i].bits == (left < 2 ? (i + 8) % (64 * 8) : 0xffff);
+      right &= out[64 * 8 + i].bits == (left < 1 ? 0 : 0xffff);
+    }
+    CHECK(right);
+  }
+}
+
+/* Small whole numbers: products are exact. */
+template <int D>
+void test_products(void) {
+  alignas(16) bf16 a[16 * D], b[16 * D];
+  static float c[16 * 16], then[16 * D];
+  uint64_t random = D;
+  for (int i = 0; i < 16 * D; i++) {
+    a[i] = __float2bfloat16_rn((float)(int)(random_bits(&random) % 3) - 1.0f);
+    b[i] = __float2bfloat16_rn((float)(int)(random_bits(&random) % 3) - 1.0f);
+  }
+  int64_t before = acre_host_conflicts();
+  CHECK(acre_host_launch("product_kernel", product_kernel<D>, dim3(1), dim3(32),
+                         sizeof a + sizeof b, a, b, c, then) == cudaSuccess);
+  bool right = true;
+  for (int i = 0; i < 16; i++) {
+    for (int j = 0; j < 16; j++) {
+      float sum = 0.0f;
+      for (int x = 0; x < D; x++)
+        sum += __bfloat162float(a[i * D + x]) * __bfloat162float(b[j * D + x]);
+      right &= c[i * 16 + j] == sum;
+    }
+    for (int x = 0; x < D; x++) {
+      float sum = 0.0f;
+      for (int j = 0; j < 16; j++) sum += c[i * 16 + j] * __bfloat162float(b[j * D + x]);
+      right &= then[i * D + x] == sum;
+    }
+  }
+  CHECK(right && acre_host_conflicts() == before);
 }
 
 void test_launch_limits(void) {
@@ -269,6 +369,9 @@ int main(int argc, char **argv) {
   acre_host_seed(seed);
   test_missing_barriers();
   test_divergence();
+  test_copies();
+  test_products<64>(), test_products<80>(), test_products<96>();
+  test_products<128>(), test_products<256>();
   test_launch_limits();
   test_plans();
   test_refusals();

@@ -3,6 +3,7 @@
  * chip gets the kernels. */
 #include "check.h"
 #include "host.h"
+#include "sm80/sm80.h"
 #include "sm90/attend.h"
 
 #include <math.h>
@@ -229,14 +230,22 @@ void test_plans(void) {
   CHECK(encode(&map, data, 64, 64, 128, 257) == CUDA_ERROR_INVALID_VALUE);
 }
 
-bool chosen(int major, int minor) {
+/* Of a chip: its attention, and that the gradient is of matrix units. */
+bool chosen(int major, int minor, decltype(acre_backend_ops::attend) attend) {
   acre_host_is.major = major, acre_host_is.minor = minor;
   acre_cuda_options options = {sizeof options, ACRE_TEST_CUDA, 0, 0};
   acre_backend *backend;
   CHECK(acre_cuda_backend_open(&backend, 0, &options, NULL) == ACRE_OK);
-  bool is = backend->ops->attend == acre_cuda_sm90_attend;
+  bool is = backend->ops->attend == attend &&
+            backend->ops->attend_back == acre_cuda_sm80_attend_back;
   backend->ops->destroy(backend);
   return is;
+}
+
+void test_choice(void) {
+  CHECK(chosen(8, 0, acre_cuda_sm80_attend) && chosen(8, 9, acre_cuda_sm80_attend));
+  CHECK(chosen(9, 0, acre_cuda_sm90_attend));
+  CHECK(chosen(10, 0, acre_cuda_sm80_attend) && chosen(12, 0, acre_cuda_sm80_attend));
 }
 
 }  // namespace
@@ -245,7 +254,7 @@ int main(int argc, char **argv) {
   uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 5;
   printf("seed %llu\n", (unsigned long long)seed);
   acre_host_seed(seed);
-  CHECK(chosen(9, 0) && !chosen(8, 0) && !chosen(8, 9) && !chosen(10, 0));
+  test_choice();
   acre_host_is.major = 9;
   test_products(seed);
   test_faults();
