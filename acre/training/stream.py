@@ -52,8 +52,8 @@ class Stream:
         """mix: sources and their shares of the examples, or sources of equal shares. A
         source is a file or folder of rows, "builder", or "builder:path"; a comma parts
         several paths. length ... context_weight: see `Shape`. passes: how often files
-        are read (None: without end); builders never end. A source that has ended leaves the
-        mix. rank, world: this process takes examples rank, rank + world, ... of one
+        are read (None: without end); builders never end. A source that has ended leaves
+        the mix. rank, world: this process takes examples rank, rank + world, ... of one
         sequence. require_answer, frame: see `Maker`. ValueError, TypeError,
         FileNotFoundError naming the argument or file.
         """

@@ -25,7 +25,8 @@ stage2 --adapter "$out/stage1" --out "$out/stage2" --steps 230 --lr 7e-4 --seed 
   --data "needles:$ACRE_DATA/$books=0.17" --data key_values=0.1 \
   --data "continuation:$ACRE_DATA/$books=0.2" --data "meeting:$ACRE_DATA/qmsum.train.jsonl.xz=0.08"
 
-stage2 --adapter "$out/stage2" --out "$out/stage2-more" --steps 150 --lr 5e-4 --seed 4 \
+stage2 --adapter "$out/stage2" --out "$out/stage2-more" --steps 170 --lr 5e-4 --seed 4 \
+  --context-weight 0.05 \
   --evidence-heads 18.6 18.7 15.6 15.7 17.3 \
   --data "hidden:$ACRE_DATA/nq_passages.train.jsonl.xz=0.42" \
   --data "needles:$ACRE_DATA/$books=0.12" --data key_values=0.2 \
