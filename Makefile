@@ -85,7 +85,7 @@ demo: build ## read the Python language reference with SmolLM2 and answer questi
 	$(BIN)/acre demo
 
 # Some three hours on two cores; runs go on where they were stopped.
-adapter: build ## train adapters/smollm2-135m anew, under build/adapter; needs ACRE_DATA
+adapter: build ## train one for SmolLM2-135M, under build/adapter; needs ACRE_DATA
 	ACRE=$(BIN)/acre PYTHON=$(BIN)/python adapters/smollm2-135m/train.sh build/adapter
 
 # torch is pinned: other releases pull gigabytes of CUDA packages.

@@ -75,7 +75,7 @@ size_t acre_back_space_bytes(const acre_model *model, int64_t rows, int64_t pref
  * entries at the heads in use, and the loss's derivative by scores[j] is pull[j]. */
 typedef struct acre_evidence {
   int64_t first, count, m;
-  const float *pull;    /* host [m] */
+  float *pull;          /* host [m] */
   const uint8_t *heads; /* host [L, h] */
 } acre_evidence;
 

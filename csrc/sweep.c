@@ -286,10 +286,13 @@ static bool aim_pull(const acre_sweep *s, float *pull, const uint8_t *evidence) 
 static acre_status lay_evidence(acre_sweep *s, acre_sweep_pass *p, const acre_question *q,
                                 acre_error *error) {
   if (!q->evidence || !s->m) return ACRE_OK;
-  p->pull = acre_alloc((size_t)s->m * sizeof *p->pull);
-  if (!p->pull) return out_of_memory(error);
-  if (!aim_pull(s, p->pull, q->evidence)) return ACRE_OK;
-  p->evidence = (acre_evidence){q->first, q->last - q->first, s->m, p->pull, s->heads};
+  float *pull = acre_alloc((size_t)s->m * sizeof *pull);
+  if (!pull) return out_of_memory(error);
+  if (!aim_pull(s, pull, q->evidence)) {
+    acre_free(pull);
+    return ACRE_OK;
+  }
+  p->evidence = (acre_evidence){q->first, q->last - q->first, s->m, pull, s->heads};
   if (s->scores) return ACRE_OK;
   return s->model->backend->ops->alloc(s->model->backend, &s->scores,
                                        (size_t)s->m * sizeof(float), error);
@@ -346,8 +349,8 @@ static void close_pass(acre_sweep *s, acre_sweep_pass *p) {
   acre_kv_gradients_close(&p->kv);
   acre_free(p->ids);
   acre_free(p->spans);
-  acre_free(p->pull);
-  p->ids = NULL, p->spans = NULL, p->pull = NULL;
+  acre_free(p->evidence.pull);
+  p->ids = NULL, p->spans = NULL, p->evidence.pull = NULL;
 }
 
 void acre_sweep_close(acre_sweep *s) {
@@ -459,14 +462,15 @@ static acre_status settle_evidence(acre_sweep *s, acre_sweep_pass *p, acre_queue
   float *scores = acre_alloc(bytes);
   if (!scores) return out_of_memory(error);
   ops->download(queue, scores, acre_buffer_data(s->scores), bytes);
+  float *pull = p->evidence.pull;
   double all = 0.0, wanted = 0.0;
   for (int64_t j = 0; j < s->m; ++j) {
     all += (double)scores[j];
-    if (p->pull[j] > 0) wanted += (double)scores[j];
+    if (pull[j] > 0) wanted += (double)scores[j];
   }
   for (int64_t j = 0; j < s->m; ++j) {
     double mass = fmax((double)scores[j], LEAST_SHARE * all);
-    p->pull[j] = (float)(-s->evidence_weight * (double)p->pull[j] / mass);
+    pull[j] = (float)(-s->evidence_weight * (double)pull[j] / mass);
   }
   acre_free(scores);
   s->result.evidence += wanted / all;

@@ -32,9 +32,10 @@ typedef struct acre_sweep_pass {
   acre_sweep_span *spans; /* the middle */
   int64_t span_count;
   acre_tape tape;
-  acre_kv_gradients kv;   /* open while later passes may ask something of its rows */
-  acre_evidence evidence; /* pull NULL: none */
-  float *pull;            /* [m]: 1 / their number at evidence's entries, then the pull */
+  acre_kv_gradients kv; /* open while later passes may ask something of its rows */
+  /* pull NULL: none. Until the pass has scored, it is 1 / their number at the entries that
+   * hold evidence and 0 elsewhere. */
+  acre_evidence evidence;
 } acre_sweep_pass;
 
 typedef struct acre_sweep {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import toy
+from adapting import KEYS, made, opened, shifted
 from model_files import bf16_bits, write_gguf, write_safetensors
 from safetensors.numpy import load_file
 
@@ -26,42 +27,14 @@ from acre.training.adapter import (
     describe,
     merge_adapter,
     pack_adapter,
-    settings_of,
     write_adapter,
 )
-
-KEYS = settings_of(64, 32, (8, 16))
-
-
-def shifted(base: dict[str, np.ndarray], rng: int = 7) -> dict[str, np.ndarray]:
-    """L1 parameters near a base's own, as training leaves them."""
-    rng = np.random.default_rng(rng)
-    out = {"model.acre_embed_tokens.weight": base["model.embed_tokens.weight"][2:3]}
-    for name, array in base.items():
-        for part in "qkv":
-            if f".{part}_proj." in name:
-                out[name.replace(f".{part}_", f".acre_{part}_")] = array
-    return {
-        name: (array + 0.02 * rng.standard_normal(array.shape)).astype(np.float32)
-        for name, array in out.items()
-    }
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def place(request, tmp_path_factory):
     """A model directory, its tensors, and an adapter of it in float32."""
-    path = tmp_path_factory.mktemp("adapter")
-    toy.directory(path / "model", request.param)
-    own = shifted(toy.arrays(request.param))
-    base = acre.Model.from_pretrained(path / "model", "f32", threads=1)
-    said = describe(base.prints, "model", stage="stage1", steps="3", **KEYS)
-    write_adapter(path / "f32.safetensors", own, said, "f32")
-    write_adapter(path / "bf16.safetensors", own, said)
-    return path, own, base
-
-
-def opened(path: Path, adapter: Path | None, dtype: str = "f32") -> acre.Model:
-    return acre.Model.from_pretrained(path, dtype, adapter=adapter, threads=1)
+    return made(tmp_path_factory.mktemp("adapter"), request.param)
 
 
 def trained_logits(model: acre.Model) -> np.ndarray:
@@ -408,35 +381,6 @@ def test_trained_parameters_are_used_where_there_are_any(place):
     adapted = opened(path / "model", path / "bf16.safetensors")
     assert adapted.build(text, **toy.BUILD).proxy == "trained"
     assert adapted.build(text, **toy.BUILD, proxy="pooled").proxy == "pooled"
-
-
-def test_windows_are_those_of_the_training(place, tmp_path):
-    """Unless told otherwise; pooled entries come from no training."""
-    path, _, base = place
-    text = toy.sentence(2, 90)
-    adapter = path / "bf16.safetensors"
-    adapted = opened(path / "model", adapter)
-    merge_adapter(path / "model", adapter, tmp_path / "merged")
-    merged = opened(tmp_path / "merged", None)
-    for model, proxy, wanted in (
-        (base, "auto", (4096, 2048)),
-        (adapted, "pooled", (4096, 2048)),
-        (adapted, "auto", (64, 32)),
-        (merged, "auto", (64, 32)),
-    ):
-        plan = model.build(text, 8, eta=8, reserve=8, proxy=proxy).plan
-        assert (plan["window"], plan["stride"]) == wanted
-    plan = adapted.build(text, 8, window=50, eta=8, reserve=8).plan
-    assert (plan["window"], plan["stride"]) == (50, 32)
-
-
-@pytest.mark.parametrize("window", ["0", "x", "-4", "1.5"])
-def test_windows_that_are_none(place, tmp_path, window):
-    path, own, base = place
-    said = describe(base.prints, "model", **KEYS | {"acre_window": window})
-    write_adapter(tmp_path / "a.safetensors", own, said)
-    with pytest.raises(ModelFileError, match="acre_window, acre_stride: got"):
-        opened(path / "model", tmp_path / "a.safetensors")
 
 
 def test_results_name_the_proxy_that_was_meant(place):

@@ -149,6 +149,13 @@ def test_a_context_is_asked_all_its_questions(wide):
     assert told == [examples.UNTOLD]
 
 
+def test_a_context_may_count(wide):
+    shape = Shape((150, 6000), 64, 32, context_weight=0.25)
+    example = Maker(wide, shape).asked(RECORD, random.Random(1), no_skip)
+    assert example.weights.tolist() == [0.25] * len(example.ids)
+    assert set(example.questions[0].weights.tolist()) == {0.0, 1.0}
+
+
 def test_of_many_questions_some_are_asked(wide):
     maker = Maker(wide, Shape((150, 6000), 64, 32, questions=5))
     many, drawn = asked_about_years(range(40)), set()
@@ -277,6 +284,7 @@ def test_contexts_that_cannot_be_read(bad, reason):
         ({"stride": 0}, "stride: got 0"),
         ({"carry": -1}, "carry: got -1"),
         ({"questions": 0}, "questions: got 0"),
+        ({"context_weight": -1.0}, "context_weight: got -1"),
     ],
 )
 def test_shapes_refuse(changes, told):

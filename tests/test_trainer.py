@@ -93,6 +93,20 @@ def test_the_way_back_changes_no_loss():
     assert t.read("gradients").any()
 
 
+def test_evidence_behind_the_last_entry_asks_for_nothing():
+    """It is seen anyway: no entry stands for it, and no gradient comes from it."""
+    t, ids = trainer(trained=True), IDS[:39]
+    evidence = np.arange(39) >= 38
+    gradients = []
+    for known in (None, evidence):
+        question = (tiny.ids(4, 6), None, (0, 3), known)
+        told = t.accumulate(**example(ids=ids, questions=[question], evidence_weight=9))
+        assert told["known"] == told["evidence"] == 0
+        gradients.append(t.read("gradients"))
+        t.clear()
+    np.testing.assert_array_equal(*gradients)
+
+
 def test_the_base_model_does_not_change():
     model = tiny.model()
     before = tiny.answer(model)

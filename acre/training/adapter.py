@@ -23,12 +23,13 @@ import numpy as np
 from acre import _core
 from acre.adapter import LEVELS, SCALE, STORAGES, Adapter, TensorItem, base_name
 from acre.errors import ModelFileError
-from acre.fields import read_json
+from acre.fields import read_json, short
 from acre.files import check_space, copy, new_directory, replacing, write
 from acre.fingerprints import Fingerprints, Prints, widened
 from acre.hf import ACRE_KEYS
 from acre.loaders import INDEX, SINGLE, Source, open_adapter, open_source
 from acre.safetensors_file import SafetensorsFile, write_tensors
+from acre.scoring import from_record
 
 OWN_SHARD = "model-acre.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".gguf")
@@ -169,8 +170,21 @@ def pack_adapter(
         pieces += _pieces(name, values, storage, bases.get(base_name(name)))
     said = {**opened.metadata, "storage": storage}
     if scoring is not None:
-        said["scoring"] = json.dumps(dict(scoring))
+        said["scoring"] = json.dumps(_checked(scoring, model))
     _write(Path(out), pieces, said)
+
+
+def _checked(
+    scoring: Mapping[str, Any], model: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """A scoring record that fits the model; ValueError."""
+    if model is None:
+        raise ValueError("model: a scoring is of a model's heads; name it")
+    config = open_source(model).config
+    try:
+        return from_record(scoring, config["layers"], config["heads"]).record()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"scoring: got {short(str(scoring))}: {error}") from error
 
 
 # ------------------------------------------------------------------------------ merging

@@ -149,7 +149,12 @@ def command_pack(arguments: argparse.Namespace) -> None:
     from acre.report import bytes_text
     from acre.training.adapter import pack_adapter
 
-    scoring = arguments.scoring and json.loads(Path(arguments.scoring).read_text())
+    scoring = arguments.scoring
+    if scoring is not None:
+        try:
+            scoring = json.loads(Path(scoring).read_text())
+        except ValueError as error:
+            raise ValueError(f"{scoring}: not JSON: {error}") from error
     pack_adapter(
         arguments.adapter, arguments.output, arguments.model, arguments.storage, scoring
     )

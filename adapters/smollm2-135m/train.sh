@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains the adapter of this folder anew: stage I, then stage II twice, the second time with the
-# heads that were found best after the first. ACRE_DATA: folder of books.train, nq_passages.train
+# Trains an adapter for SmolLM2-135M-Instruct: stage I, then stage II twice, the second time with
+# the heads that were found best after the first. ACRE_DATA: folder of books.train, nq_passages.train
 # and qmsum.train. Takes OUT, a folder for the runs; a run that was stopped goes on.
 set -eu
 : "${ACRE_DATA:?names the folder of the training data}"
@@ -33,6 +33,6 @@ stage2 --adapter "$out/stage2" --out "$out/stage2-more" --steps 170 --lr 5e-4 --
   --data "continuation:$ACRE_DATA/$books=0.2" --data "meeting:$ACRE_DATA/qmsum.train.jsonl.xz=0.06"
 
 "${PYTHON:-python}" "$here/../../benchmarks/scoring_heads.py" --model "$model" \
-  --adapter "$out/stage2-more" --tokens 8192 --most 6 --out "$out/scoring.json"
+  --adapter "$out/stage2-more" --tokens 8192 --most 5 --out "$out/scoring.json"
 $acre adapter pack "$out/stage2-more" --model "$model" --scoring "$out/scoring.json" \
   -o "$out/adapter.safetensors"

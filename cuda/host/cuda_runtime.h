@@ -136,8 +136,8 @@ typedef void (*acre_host_act)(void *const *parts, int warp);
 void acre_host_together(acre_host_act act, void *part, acre_host_wait kind);
 void acre_host_conflict(void); /* of banks of shared memory: slow, not wrong */
 /* `bytes` bytes and zeros up to `room`, seen from the first __syncthreads or __syncwarp on
- * behind the thread's wait for the group that it is of; a group ends at a commit, and a wait leaves the latest
- * `under_way` groups under way. */
+ * behind the thread's wait for the group that it is of; a group ends at a commit, and a wait
+ * leaves the latest `under_way` groups under way. */
 void acre_host_copy(void *to, const void *from, size_t bytes, size_t room);
 void acre_host_copies_commit(void);
 void acre_host_copies_wait(int under_way);
