@@ -1,6 +1,6 @@
 """What trained L1 parameters change: perplexity, recall of evidence, answers.
 
-    ACRE_DATA=DIR python benchmarks/adapters.py --out DIR
+    ACRE_DATA=DIR python benchmarks/adapters.py --out DIR [--rows FILE]
         [--what perplexity recall ablations] [--lengths 8192 32768] NAME=ADAPTER ...
 
 Takes adapters by name (folders of `acre train` or files) and a model (SmolLM2-135M from
@@ -8,19 +8,21 @@ its package by default); prints one table per measurement: each adapter's L1 ent
 every interval beside untrained and pooled ones, and what the same model does without
 any: full attention, a sink and a sliding window of as many keys, BM25, random groups.
 The ablations take the last adapter and leave out or change one thing at a time.
-Finished samples stay in --out, so an interrupted run goes on.
+Finished samples stay in --out, so an interrupted run goes on. --rows appends what is in
+the tables, one line of JSON each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_cpu import smollm2
+from bench_cpu import commit, smollm2
 
 import acre
 from acre.eval.report import table
@@ -37,8 +39,9 @@ FACTS = ("needle", "probe_kv", "nq")
 def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, acre.Model, str]]:
     """(name, model, proxy) of each kind of L1 entries; one model in memory at once."""
     path = arguments.model or str(smollm2())
-    yield "pooled", acre.Model.from_pretrained(path), "pooled"
-    yield "untrained", acre.Model.from_pretrained(path), "trained"
+    if arguments.base:
+        yield "pooled", acre.Model.from_pretrained(path), "pooled"
+        yield "untrained", acre.Model.from_pretrained(path), "trained"
     for named in arguments.adapters:
         name, _, adapter = named.partition("=")
         yield name, acre.Model.from_pretrained(path, adapter=adapter), "trained"
@@ -58,9 +61,10 @@ def perplexity(arguments: argparse.Namespace, length: int) -> list[dict[str, Any
     """A row per kind of entries: perplexity at every interval."""
     rows: list[dict[str, Any]] = []
     for name, model, proxy in variants(arguments):
-        labels = {f"acre:interval={n},proxy={proxy}": f"l={n}" for n in INTERVALS}
+        every = arguments.intervals
+        labels = {f"acre:interval={n},proxy={proxy}": f"l={n}" for n in every}
         if name == "pooled":
-            labels |= {f"stream:interval={n}": f"l={n}" for n in INTERVALS}
+            labels |= {f"stream:interval={n}": f"l={n}" for n in every}
             labels |= {"full": "full"}
         out = arguments.out / f"perplexity-{length}-{name}"
         found = run(
@@ -88,7 +92,7 @@ def recall(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
             labels |= {"full": "full attention"}
         out = arguments.out / f"recall-{length}-{name}"
         for row in run(
-            model, FACTS, [*labels], out, lengths=(length,), eta=2048,
+            model, arguments.tasks, [*labels], out, lengths=(length,), eta=2048,
             texts=arguments.texts, questions=arguments.questions,
             limit=arguments.questions * arguments.texts,
         ):  # fmt: skip
@@ -106,7 +110,7 @@ def ablations(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]
     labels |= {f"acre:interval={n}": f"l={n}" for n in INTERVALS}
     labels |= {f"acre:eta={n}": f"eta={n}" for n in (256, 512, 1024, 4096)}
     rows = run(
-        model, FACTS, [*labels], arguments.out / f"ablations-{length}",
+        model, arguments.tasks, [*labels], arguments.out / f"ablations-{length}",
         lengths=(length,), eta=2048, texts=arguments.texts,
         questions=arguments.questions, limit=arguments.questions * arguments.texts,
     )  # fmt: skip
@@ -114,6 +118,16 @@ def ablations(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]
         row |= {"entries": labels[row["method"]], "attended": row.get("entries")}
         row["length"] = length
     return sorted(rows, key=lambda row: row["task"])
+
+
+def keep(
+    path: Path, what: str, rows: list[dict[str, Any]], shown: dict[str, str]
+) -> None:
+    """Appends a table's rows, with the commit that they were measured at."""
+    with path.open("a", encoding="utf-8") as out:
+        for row in rows:
+            said = {name: row[key] for key, name in shown.items() if key in row}
+            out.write(json.dumps({"commit": commit(), "what": what, **said}) + "\n")
 
 
 def main() -> None:
@@ -127,18 +141,28 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--carry", type=int, default=0)
+    parser.add_argument("--tasks", nargs="+", default=FACTS, choices=FACTS)
+    parser.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
+    parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True,
+                        help="pooled and untrained entries, too")  # fmt: skip
+    parser.add_argument("--rows", type=Path)
     arguments = parser.parse_args()
     if not os.environ.get("ACRE_DATA"):
         sys.exit("set ACRE_DATA to the folder of books.dev, nq_passages.dev")
+    columns = {"entries": "L1 entries", "length": "tokens", "n": "n"}
+    columns |= {"full": "full"} | {f"l={n}": f"l={n}" for n in arguments.intervals}
+    measured = {
+        "perplexity": (perplexity, columns),
+        "recall": (recall, RECALL),
+        "ablations": (ablations, RECALL),
+    }
     for length in arguments.lengths:
-        if "perplexity" in arguments.what:
-            columns = {"entries": "L1 entries", "length": "tokens", "n": "n"}
-            columns |= {"full": "full"} | {f"l={n}": f"l={n}" for n in INTERVALS}
-            print("\n" + table(perplexity(arguments, length), columns), flush=True)
-        if "recall" in arguments.what:
-            print("\n" + table(recall(arguments, length), RECALL), flush=True)
-        if "ablations" in arguments.what:
-            print("\n" + table(ablations(arguments, length), RECALL), flush=True)
+        for what in arguments.what:
+            measure, shown = measured[what]
+            rows = measure(arguments, length)
+            print("\n" + table(rows, shown), flush=True)
+            if arguments.rows:
+                keep(arguments.rows, what, rows, shown)
 
 
 if __name__ == "__main__":
