@@ -150,7 +150,8 @@ $(BUILD)/test_%: tests/c/test_%.cpp tests/c/check.h $(CUDA_HEADERS) $(TEST_LIBS)
 	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -Itests/c -DACRE_TEST_CUDA='"$(BUILD)"' $< \
 	  $(TEST_LIBS) -o $@ $(LIBS)
 
-$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h tests/c/cases.h $(BUILD)/libacre.a
+$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h $(wildcard tests/c/ca*.h) \
+                  $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
 $(BUILD)/count_kernels: benchmarks/count_kernels.c $(BUILD)/libacre.a

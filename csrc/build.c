@@ -422,7 +422,7 @@ static acre_status thaw(acre_builder *b, const acre_cache *from, int64_t keep,
 static acre_status open_builder(acre_builder *b, const acre_plan *plan, acre_proxy proxy,
                                 const acre_cache *from, int64_t keep, const int32_t *ids,
                                 acre_error *error) {
-  ACRE_TRY(check_memory(plan, model->backend, error));
+  ACRE_TRY(check_memory(plan, b->model->backend, error));
   b->nested = acre_plan_nested(plan, proxy);
   b->tokens = plan->n;
   ACRE_TRY(acre_cache_new(&b->cache, b->model, plan, proxy, ids, error));
