@@ -288,6 +288,18 @@ static inline acre_status carried_matrix_transpose(acre_queue *q, acre_matrix **
 
 /* ---------------------------------------------------------------- opening */
 
+/* Takes over `device`. */
+static inline acre_backend *carried_wrap(acre_backend *device) {
+  carried_backend *b = carried_memory(sizeof *b);
+  memset(b, 0, sizeof *b);
+  b->device = device;
+  b->ops = carried_operations();
+  snprintf(b->isa, sizeof b->isa, "carried/%.30s", device->isa);
+  b->base = (acre_backend){.ops = &b->ops, .isa = b->isa, .threads = device->threads};
+  b->base.rows_max = device->rows_max;
+  return &b->base;
+}
+
 /* The plug-in's device 0 behind such a table; scratch and staging memory of the given bytes,
  * 0: as it comes. */
 static inline acre_status carried_open(acre_backend **out, const char *plugin,
@@ -304,18 +316,9 @@ static inline acre_status carried_open(acre_backend **out, const char *plugin,
   acre_cuda_open open_device;
   memcpy(&open_device, &symbol, sizeof open_device);
   acre_cuda_options options = {sizeof options, libraries, workspace, staging};
-  carried_backend *b = carried_memory(sizeof *b);
-  memset(b, 0, sizeof *b);
-  acre_status status = open_device(&b->device, 0, &options, error);
-  if (status != ACRE_OK) {
-    free(b);
-    return status;
-  }
-  b->ops = carried_operations();
-  b->base = (acre_backend){.ops = &b->ops, .isa = b->isa, .threads = 1};
-  b->base.rows_max = b->device->rows_max;
-  snprintf(b->isa, sizeof b->isa, "carried/%.30s", b->device->isa);
-  *out = &b->base;
+  acre_backend *device;
+  ACRE_TRY(open_device(&device, 0, &options, error));
+  *out = carried_wrap(device);
   return ACRE_OK;
 }
 
