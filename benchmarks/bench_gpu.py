@@ -248,7 +248,11 @@ def random_arrays(c: Mapping[str, Any], seed: int = 1) -> dict[str, Any]:
 def build_flops(c: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
     """Operations that reading needs: the products of every token's layers, and 4 d for
     each head and key that a row sees. L1 entries are pooled, so no rows are theirs."""
-    hidden, ffn, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    hidden, ffn, layers = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_hidden_layers"],
+    )
     dim = hidden // c["num_attention_heads"]
     kv = c["num_key_value_heads"] * dim
     products = 2 * layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
@@ -396,7 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = ROOT / "build" / "c" / "bench_device"
     parser.add_argument("--program", type=pathlib.Path, default=here)
-    parser.add_argument("--plugin", type=pathlib.Path, default=ROOT / "acre" / "_cuda.so")
+    parser.add_argument(
+        "--plugin", type=pathlib.Path, default=ROOT / "acre" / "_cuda.so"
+    )
     parser.add_argument("--libraries", default="")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--quick", action="store_true")
