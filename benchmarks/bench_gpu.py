@@ -3,16 +3,16 @@
     python benchmarks/bench_gpu.py [--program FILE] [--plugin FILE] [--libraries DIRS]
         [--seconds S] [--quick] [--small] [--json FILE] [--csv FILE]
 
-Three parts, each of them left out, with a line that says why, where what it needs is not
-there or no time is left:
+Three parts, each of them left out, with a line that says why, where what it needs is
+not there or no time is left:
 
     operations  build/c/bench_device: rates beside a product's and a copy's of that run
     torch       PyTorch's best attention on the same shapes, right after
-    builds      a random model of Qwen2.5-7B's shape reads 32K to 1024K tokens; time, peak
-                memory, a second question; full attention by transformers beside it
+    builds      a random model of Qwen2.5-7B's shape reads 32K to 1024K tokens: time,
+                peak memory, a second question; full attention by transformers beside it
 
-A row has a value, and where one is wanted a target and whether it was met. The targets are
-an H200's. --json appends the rows, --csv writes the builds as a table and, where
+A row has a value, and where one is wanted a target and whether it was met. The targets
+are an H200's. --json appends the rows, --csv writes the builds as a table and, where
 matplotlib is there, a picture beside it. --small runs the same code on small sizes, the
 builds on the CPU: its figures say nothing.
 """
@@ -220,8 +220,8 @@ def shapes(c: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def random_arrays(c: Mapping[str, Any], seed: int = 1) -> dict[str, Any]:
-    """bf16 bits of every tensor. Layers share their arrays, and an array repeats a block
-    of random numbers: what is timed does not depend on it, and 15 GB are soon there."""
+    """bf16 bits of every tensor. Layers share their arrays, and an array repeats a
+    block of random numbers: no time depends on it, and 15 GB are soon there."""
     import numpy as np
 
     block = np.random.default_rng(seed).standard_normal(4_000_037).astype(np.float32)

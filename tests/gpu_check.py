@@ -3,8 +3,8 @@
     python tests/gpu_check.py [--only STEP,..] [--skip STEP,..] [--quick] [--limit S]
                               [--json FILE] [--seed N] [--plugin FILE]
 
-Takes the tree as it lies; needs Python's standard library, make, a C and a C++ compiler,
-and nvcc where acre/_cuda.so is not built yet. Steps, in this order:
+Takes the tree as it lies; needs Python's standard library, make, a C and a C++
+compiler, and nvcc where acre/_cuda.so is not built yet. Steps, in this order:
 
     device     the GPU and its driver, asked of libcuda
     build      acre/_cuda.so, the C tests, the C benchmark
@@ -15,10 +15,10 @@ and nvcc where acre/_cuda.so is not built yet. Steps, in this order:
     bench      benchmarks/bench_gpu.py: rows beside their targets
     memcheck, racecheck, synccheck    the C tests under compute-sanitizer
 
-A step is ok, FAILED, or skipped with the reason: what it needs is not there, or no time
-is left of the limit (600 s). Ends with a table, and with 1 where a step failed or nothing
-ran on a device. A target that was missed is no failure: the table says it. Logs lie
-under build/gpu-check/. --json appends a line per step and per row of the benchmark,
+A step is ok, FAILED, or skipped with the reason: what it needs is not there, or no
+time is left of the limit (600 s). Ends with a table, and with 1 where a step failed or
+nothing ran on a device. A target that was missed is no failure: the table says it. Logs
+lie under build/gpu-check/. --json appends a line per step and per row of the benchmark,
 with device, driver and commit (of git, or ACRE_COMMIT). --plugin takes another file in
 place of acre/_cuda.so, such as the host's build/c/cuda_host.so, and asks for no GPU.
 """
@@ -34,30 +34,22 @@ import pathlib
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu-check"
+from jobs import LOGS, ROOT, Ended, Fault, Job, OutOfTime, Skip, run, run_all
+
 PROGRAMS = ROOT / "build" / "c"
 OPERATIONS = ("backend", "learn", "attention", "attend_back")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOOL_FOUND = 9  # what compute-sanitizer ends with where it found something
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
-
-
-class Skip(Exception):  # noqa: N818
-    """A step cannot run here; the reason."""
-
-
-class Fault(Exception):  # noqa: N818
-    """A step failed; what was found."""
 
 
 @dataclass
@@ -106,7 +98,7 @@ class Check:
         }
 
 
-# ------------------------------------------------------------------------ other programs
+# ------------------------------------------------------------------ what programs need
 
 
 def environment() -> dict[str, str]:
@@ -129,78 +121,6 @@ def libraries(given: bool = False) -> str:
     if nvcc:
         found.append(str(pathlib.Path(nvcc).resolve().parent.parent / "lib64"))
     return os.pathsep.join(part for part in found if part)
-
-
-@dataclass
-class Ended:
-    """A program that ended: `code` None where its time was up."""
-
-    code: int | None
-    log: pathlib.Path
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def last(self, lines: int = 12) -> str:
-        return "\n".join(self.text.rstrip().splitlines()[-lines:])
-
-
-@dataclass
-class Job:
-    """A program to be run with its output in a log."""
-
-    name: str
-    command: Sequence[str | os.PathLike[str]]
-    environment: dict[str, str] | None = None
-
-
-def run_all(jobs: Sequence[Job], seconds: float, at_once: int) -> list[Ended]:
-    """Runs the jobs, some at once; each is ended, with its children, when `seconds` for
-    all of them are over."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + max(seconds, 0.0)
-    waiting, running = list(enumerate(jobs)), {}
-    ended: dict[int, Ended] = {}
-    while waiting or running:
-        over = time.monotonic() >= until
-        while waiting and len(running) < at_once and not over:
-            index, job = waiting.pop(0)
-            log = LOGS / f"{job.name}.log"
-            with log.open("wb") as out:
-                process = subprocess.Popen(
-                    [os.fspath(part) for part in job.command],
-                    stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    cwd=ROOT, env=job.environment, start_new_session=True,
-                )  # fmt: skip
-            running[index] = process, log
-        if over:
-            for index, job in waiting:
-                log = LOGS / f"{job.name}.log"
-                log.write_text("not begun: no time was left\n")
-                ended[index] = Ended(None, log)
-            waiting = []
-        for index, (process, log) in list(running.items()):
-            code = process.poll()
-            if code is None and not over:
-                continue
-            if code is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            ended[index] = Ended(code, log)
-            del running[index]
-        time.sleep(0.02)
-    return [ended[index] for index in range(len(jobs))]
-
-
-def run(job: Job, seconds: float) -> Ended:
-    """One job; Fault where it ends otherwise than well."""
-    ended = run_all([job], seconds, 1)[0]
-    if ended.code is None:
-        raise Fault(f"{job.name} did not end within {seconds:.0f} s")
-    if ended.code != 0:
-        raise Fault(f"{job.name} ended with {ended.code} ({ended.log})\n{ended.last()}")
-    return ended
 
 
 # -------------------------------------------------------------------------------- steps
@@ -273,9 +193,7 @@ def step_build(check: Check) -> str:
 
 def importable(*modules: str) -> str:
     """ "" where this Python has the modules, else the first that it lacks, and why."""
-    code = (
-        "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    )
+    code = "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]"
     probe = subprocess.run(
         [sys.executable, "-c", code, *modules],
         capture_output=True, text=True, cwd=ROOT, env=environment(),
@@ -285,8 +203,8 @@ def importable(*modules: str) -> str:
 
 
 def step_extension(check: Check) -> str:
-    """Always anew where it can be built: one of other sources would not fit the plug-in,
-    and nothing would say so. By the compiler alone, which needs no setuptools."""
+    """Always anew where it can be built: one of other sources would not fit the
+    plug-in, and nothing would say so. By the compiler alone, without setuptools."""
     include = pathlib.Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").is_file():
         if missing := importable("acre"):
@@ -295,9 +213,9 @@ def step_extension(check: Check) -> str:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = sorted((ROOT / "acre" / "binding").glob("*.c"))
     command = [
-        os.environ.get("CC", "cc"), "-shared", "-std=c11", "-O2", "-fPIC", "-D_GNU_SOURCE",
-        "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread",
-        "-Icsrc", f"-I{include}", *sources, PROGRAMS / "libacre.a", "-lm", "-ldl",
+        os.environ.get("CC", "cc"), "-shared", "-std=c11", "-O2", "-fPIC",
+        "-D_GNU_SOURCE", "-fvisibility=hidden", "-ffp-contract=off",
+        "-fno-math-errno", "-pthread", "-Icsrc", f"-I{include}", *sources, PROGRAMS / "libacre.a", "-lm", "-ldl",
         "-o", f"acre/_core{suffix}",
     ]  # fmt: skip
     run(Job("extension", command), check.left())
@@ -310,7 +228,7 @@ def counted(ended: Ended) -> int:
     """Checks that a C test passed; Fault where one failed or none was made."""
     found = re.findall(r"^(\d+) passed, (\d+) failed", ended.text, re.MULTILINE)
     if ended.code is None:
-        raise Fault(f"{ended.log.stem} did not end in time")
+        raise OutOfTime(f"{ended.log.stem} did not end in time")
     if ended.code != 0 or not found or found[-1][1] != "0":
         raise Fault(f"{ended.log.stem} failed ({ended.log})\n{ended.last()}")
     return int(found[-1][0])
@@ -362,7 +280,7 @@ def step_pytest(check: Check) -> str:
         [Job("pytest", command, check.environment())], min(check.left(), 240), 1
     )[0]
     if ended.code is None:
-        raise Fault("pytest did not end in time")
+        raise OutOfTime("pytest did not end in time")
     summary = ended.last(1).strip("= ")
     if ended.code != 0:
         raise Fault(f"{summary} ({ended.log})\n{ended.last(30)}")
@@ -372,14 +290,15 @@ def step_pytest(check: Check) -> str:
 
 
 def step_bench(check: Check) -> str:
-    """Rows for the table, from what bench_gpu.py writes; a wrong result is a failure."""
+    """Rows for the table, which bench_gpu.py writes; a wrong result is a failure."""
     check.needs_device()
     rows = LOGS / "bench.jsonl"
     LOGS.mkdir(parents=True, exist_ok=True)
     rows.unlink(missing_ok=True)
     seconds = min(check.left(), 300)
     command = [
-        sys.executable, "benchmarks/bench_gpu.py", "--program", PROGRAMS / "bench_device",
+        sys.executable, "benchmarks/bench_gpu.py",
+        "--program", PROGRAMS / "bench_device",
         "--plugin", check.plugin, "--libraries", libraries(check.given),
         "--json", rows, "--csv", LOGS / "efficiency.csv",
         "--seconds", f"{max(seconds - 20, 1):.0f}",
@@ -466,7 +385,10 @@ def perform(check: Check, step: str) -> Outcome:
     except Skip as reason:
         result, what = SKIPPED, str(reason)
     except Fault as fault:
-        result, what = FAILED, str(fault)
+        cut = isinstance(fault, OutOfTime) and check.left() <= 0.5
+        result, what = SKIPPED if cut else FAILED, str(fault)
+        if cut:  # by the limit, not by its own fault
+            what += f": no time was left of {check.limit:.0f} s"
     except Exception as error:  # of our own making: the other steps still run
         result, what = FAILED, f"{type(error).__name__}: {error}"
     outcome = Outcome(step, result, time.monotonic() - start, what)
@@ -508,9 +430,7 @@ def report(check: Check) -> str:
     if check.rows:
         lines += ["", *(bench_line(row) for row in check.rows)]
     lines += ["", *(line_of(outcome) for outcome in check.outcomes)]
-    count = {
-        k: sum(o.result == k for o in check.outcomes) for k in (OK, FAILED, SKIPPED)
-    }
+    count = Counter(o.result for o in check.outcomes)
     total = time.monotonic() - check.started
     lines.append(
         f"{count[OK]} ok, {count[FAILED]} failed, {count[SKIPPED]} skipped "

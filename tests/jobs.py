@@ -1,7 +1,7 @@
 """Programs that a check runs: some at once, within a time, their output in logs.
 
-`Skip` says why something cannot be done here, `Fault` what went wrong. Whatever still
-runs when its time is up, or when the check itself is stopped, is ended with its children.
+`Skip` says why something cannot be done here, `Fault` what went wrong. What still runs
+when its time is up, or when the check is stopped, is ended with its children.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class Skip(Exception):  # noqa: N818
 
 class Fault(Exception):  # noqa: N818
     """A step failed; what was found."""
+
+
+class OutOfTime(Fault):
+    """A program did not end in the time that it had."""
 
 
 @dataclass
@@ -101,7 +105,7 @@ def run(job: Job, seconds: float) -> Ended:
     """One job; Fault where it ends otherwise than well."""
     ended = run_all([job], seconds, 1)[0]
     if ended.code is None:
-        raise Fault(f"{job.name} did not end within {seconds:.0f} s")
+        raise OutOfTime(f"{job.name} did not end within {seconds:.0f} s")
     if ended.code != 0:
         raise Fault(f"{job.name} ended with {ended.code} ({ended.log})\n{ended.last()}")
     return ended
