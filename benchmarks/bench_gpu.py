@@ -68,7 +68,7 @@ SMALL: dict[str, Any] = QWEN_7B | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 96,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 16384,
 }
 LENGTHS = (128, 32, 64, 256, 512, 1024)  # K tokens, the one with a target first
 
@@ -347,7 +347,7 @@ def build_rows(options: argparse.Namespace, gemm: float, budget: Budget) -> list
     c = SMALL if options.small else QWEN_7B
     lengths = [1024 * k for k in LENGTHS[: 2 if options.quick else None]]
     if options.small:
-        lengths = [2048, 3000]
+        lengths = [6000, 9000]
     if not budget.allows("builds", 1 if options.small else 60):
         return []
     device = "cpu" if options.small else "cuda"

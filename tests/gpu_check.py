@@ -215,7 +215,8 @@ def step_extension(check: Check) -> str:
     command = [
         os.environ.get("CC", "cc"), "-shared", "-std=c11", "-O2", "-fPIC",
         "-D_GNU_SOURCE", "-fvisibility=hidden", "-ffp-contract=off",
-        "-fno-math-errno", "-pthread", "-Icsrc", f"-I{include}", *sources, PROGRAMS / "libacre.a", "-lm", "-ldl",
+        "-fno-math-errno", "-pthread", "-Icsrc", f"-I{include}", *sources,
+        PROGRAMS / "libacre.a", "-lm", "-ldl",
         "-o", f"acre/_core{suffix}",
     ]  # fmt: skip
     run(Job("extension", command), check.left())
