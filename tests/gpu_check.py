@@ -117,10 +117,20 @@ def libraries(given: bool = False) -> str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.cuda_libraries().split(os.pathsep)
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        found.append(str(pathlib.Path(nvcc).resolve().parent.parent / "lib64"))
+    homes = [pathlib.Path("/usr/local/cuda")]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(pathlib.Path(nvcc).resolve().parent.parent)
+    found += [str(home / "lib64") for home in homes if (home / "lib64").is_dir()]
     return os.pathsep.join(part for part in found if part)
+
+
+def tool_of(name: str) -> str | None:
+    """A program of the toolkit: on the path, or beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    places = ["/usr/local/cuda/bin"]
+    if nvcc:
+        places.insert(0, str(pathlib.Path(nvcc).resolve().parent))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
 
 
 # -------------------------------------------------------------------------------- steps
@@ -319,7 +329,7 @@ def step_bench(check: Check) -> str:
 def step_sanitizer(tool: str) -> Callable[[Check], str]:
     def step(check: Check) -> str:
         check.needs_device()
-        program = shutil.which("compute-sanitizer")
+        program = tool_of("compute-sanitizer")
         if not program:
             raise Skip("no compute-sanitizer")
         if check.quick or check.given:

@@ -147,10 +147,10 @@ static inline void arrive(trip *t) {
 }
 
 /* An operation: its arrays named, then the device's own call of the same name. */
-#define CARRIED(name, ...)                                                    \
-  do {                                                                        \
-    device_ops(&t)->name(t.queue->device, __VA_ARGS__);                       \
-    arrive(&t);                                                               \
+#define CARRIED(name, ...)                              \
+  do {                                                  \
+    device_ops(&t)->name(t.queue->device, __VA_ARGS__); \
+    arrive(&t);                                         \
   } while (0)
 
 /* Elements of rows that are `stride` apart, up to the last one's last. */

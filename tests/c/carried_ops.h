@@ -87,9 +87,10 @@ static inline void carried_store_kv(acre_queue *q, void *raw, void *rotated, voi
   size_t size = acre_dtype_size(s->dtype);
   int64_t width = s->kv_heads * s->head_dim, n = strided(rows, kv_stride, width);
   int64_t angles = (position + rows) * (s->head_dim / 2);
-  CARRIED(store_kv, both(&t, raw, rows * width, size), both(&t, rotated, rows * width, size),
-          both(&t, values, rows * width, size), in(&t, k, n, 4), in(&t, v, n, 4), kv_stride,
-          in(&t, cos, angles, 4), in(&t, sin, angles, 4), position, rows, s);
+  CARRIED(store_kv, both(&t, raw, rows * width, size),
+          both(&t, rotated, rows * width, size), both(&t, values, rows * width, size),
+          in(&t, k, n, 4), in(&t, v, n, 4), kv_stride, in(&t, cos, angles, 4),
+          in(&t, sin, angles, 4), position, rows, s);
 }
 
 static inline void carried_rotate(acre_queue *q, void *rotated, const void *raw,

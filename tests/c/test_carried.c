@@ -72,8 +72,8 @@ static bool found(void) {
 }
 
 static void test_faults(void) {
-  static const int64_t beside[] = {-CARRIED_EDGE, -1, ROWS *WIDTH * 4,
-                                   ROWS *WIDTH * 4 + CARRIED_EDGE - 1};
+  static const int64_t beside[] = {-CARRIED_EDGE, -1, ROWS * WIDTH * 4,
+                                   ROWS * WIDTH * 4 + CARRIED_EDGE - 1};
   const acre_backend_ops *ops = cpu->ops;
   acre_backend_ops faulty = *ops;
   right_rmsnorm = ops->rmsnorm;
