@@ -33,6 +33,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+Keep = Callable[[Sequence[Row]], None]
 
 # Case -> what of its row is compared, and the least that is wanted.
 TARGETS: dict[str, tuple[str, float]] = {
@@ -299,45 +300,66 @@ def build_row(model: Any, c: Mapping[str, Any], n: int, gemm: float) -> Row:
     }
 
 
-def full_seconds(c: Mapping[str, Any], lengths: Sequence[int], budget: Budget) -> Row:
-    """n -> seconds of full attention by transformers on the same shape, on the GPU; as
-    far as its memory and the time go."""
-    try:
-        import torch
-        from transformers import Qwen2Config, Qwen2Model
-    except ImportError as error:
-        print(f"full attention: left out, {error}")
-        return {}
-    if not torch.cuda.is_available():
-        print("full attention: left out, torch sees no GPU")
-        return {}
-    out: Row = {}
+def question_row(build: Row) -> Row:
+    """What the later question cost, as a figure of its own."""
+    case = build["case"].replace("build", "second question on")
+    return {"case": case, "value": build["first_token_ms"], "unit": "ms"}
+
+
+def full_seconds(
+    c: Mapping[str, Any], lengths: Sequence[int], budget: Budget
+) -> dict[int, float]:
+    """Tokens -> seconds of full attention by transformers on the same shape, on the
+    GPU, as far as its memory and the time go."""
+    import torch
+    from transformers import Qwen2Config, Qwen2Model
+
+    out: dict[int, float] = {}
     settings = {k: v for k, v in c.items() if k != "model_type"}
     settings["max_position_embeddings"] = max(lengths)
     config = Qwen2Config(**settings, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.bfloat16)
     with torch.inference_mode(), torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
         peer = Qwen2Model(config).eval()
-        for n in sorted([2048, *lengths]):
-            expected = 5.0 if len(out) < 1 else 4 * max(out.values())
+        for n in sorted({2048, *lengths}):
+            expected = 5 * max(out.values()) if len(out) > 1 else 5.0
             if not budget.allows(f"full attention, {n}", expected):
                 break
             ids = torch.randint(0, c["vocab_size"], (1, n))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
             try:
-                torch.cuda.synchronize()
-                start = time.perf_counter()
                 peer(input_ids=ids, use_cache=False)
                 torch.cuda.synchronize()
             except torch.cuda.OutOfMemoryError:
                 print(f"full attention, {n}: left out, out of memory")
                 break
             out[n] = time.perf_counter() - start
-        torch.set_default_dtype(torch.float32)
     out.pop(2048, None)  # it warmed up
     return out
 
 
-def build_rows(options: argparse.Namespace, gemm: float, budget: Budget) -> list[Row]:
+def full_rows(c: Mapping[str, Any], builds: Sequence[Row], budget: Budget) -> list[Row]:
+    """Rows of full attention; its seconds go to the build's row of that length, too."""
+    lengths = [row["n"] for row in builds if row["n"] <= 131072]
+    try:
+        seconds = full_seconds(c, lengths, budget)
+    except Exception as error:  # the peer's, not ours: it is told and left out
+        print(f"full attention: left out, {type(error).__name__}: {error}")
+        return []
+    for row in builds:
+        if row["n"] in seconds:
+            row["full_seconds"] = seconds[row["n"]]
+    return [
+        {"case": f"full attention {n // 1024}K", "value": n / s, "unit": "tok/s"}
+        for n, s in seconds.items()
+    ]
+
+
+def build_rows(
+    options: argparse.Namespace, gemm: float, budget: Budget, keep: Keep
+) -> list[Row]:
+    """The builds' rows by length; each is also given to `keep` once it is there."""
     sys.path.insert(0, str(ROOT))
     try:
         import acre
@@ -361,12 +383,11 @@ def build_rows(options: argparse.Namespace, gemm: float, budget: Budget) -> list
             rows.append(build_row(model, c, n, gemm))
         except MemoryError as error:
             print(f"build {n}: refused, {error}")
+            continue
+        keep([rows[-1], question_row(rows[-1])])
     del model
-    if not options.small:
-        full = full_seconds(c, [n for n in lengths if n <= 131072], budget)
-        for row in rows:
-            if row["n"] in full:
-                row["full_seconds"] = full[row["n"]]
+    if rows and not options.small:
+        keep(full_rows(c, rows, budget))
     return sorted(rows, key=lambda row: row["n"])
 
 
@@ -424,8 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.small:
         keep(torch_rows(rows))
     gemm = next(row["value"] for row in rows if row["case"] == "gemm")
-    builds = build_rows(options, gemm, budget)
-    keep(builds)
+    builds = build_rows(options, gemm, budget, keep)
     if options.csv and builds:
         write_table(options.csv, builds)
 

@@ -243,6 +243,20 @@ def test_operations_of_a_build():
     assert bench_gpu.build_flops(c, plan) == pytest.approx(exact)
 
 
+def test_full_attention_is_left_out_where_the_peer_fails(capsys, monkeypatch):
+    def fail(*arguments):
+        raise TypeError("unknown setting")
+
+    monkeypatch.setattr(bench_gpu, "full_seconds", fail)
+    builds = [{"n": 32768}, {"n": 1 << 20}]
+    assert bench_gpu.full_rows({}, builds, bench_gpu.Budget(9)) == []
+    assert "left out, TypeError: unknown setting" in capsys.readouterr().out
+    monkeypatch.setattr(bench_gpu, "full_seconds", lambda c, n, b: {32768: 2.0})
+    rows = bench_gpu.full_rows({}, builds, bench_gpu.Budget(9))
+    assert rows[0]["value"] == 16384 and builds[0]["full_seconds"] == 2.0
+    assert "full_seconds" not in builds[1]
+
+
 def test_budget(capsys):
     budget = bench_gpu.Budget(5)
     assert budget.allows("one", 4) and not budget.allows("two", 50)
@@ -252,7 +266,10 @@ def test_budget(capsys):
 def test_builds_in_small(tmp_path, monkeypatch):
     """The same code as on a GPU, on the CPU: rows, their table and picture."""
     options = types.SimpleNamespace(small=True, quick=False)
-    rows = bench_gpu.build_rows(options, 1.0, bench_gpu.Budget(math.inf))
+    kept = []
+    rows = bench_gpu.build_rows(options, 1.0, bench_gpu.Budget(math.inf), kept.extend)
+    assert kept[::2] == rows
+    assert [row["value"] for row in kept[1::2]] == [r["first_token_ms"] for r in rows]
     assert [row["n"] for row in rows] == [6000, 9000]
     for row in rows:
         assert row["seconds"] > 0 and row["first_token_ms"] > 0
