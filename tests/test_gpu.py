@@ -198,7 +198,7 @@ def test_a_device_that_is_not_there():
 
 def test_what_does_not_fit_is_refused_and_all_goes_on():
     """A text whose cache no GPU holds: refused before any window, with the bytes."""
-    shape = {"head_dim": 64, "layers": 64, "w_max": 1 << 17}
+    shape = {"head_dim": 256, "layers": 16, "w_max": 1 << 17}
     config, arrays = toy.hf_config(**shape), toy.arrays(**shape)
     model = acre.Model.from_arrays(config, arrays, device="cuda", dtype="f32")
     held, steps = model.core.engine.bytes, []
