@@ -90,6 +90,8 @@ def test_how_a_step_ends(monkeypatch):
     assert result(raising(jobs.Skip("none here"))) == (SKIPPED, "none here", 1)
     assert result(raising(jobs.Fault("wrong"))) == (FAILED, "wrong", 1)
     assert result(raising(OSError("x"))) == (FAILED, "OSError: x", 1)
+    assert Check(limit=100).within(50) == 50 and 9 < Check(limit=10).within(50) <= 10
+    assert Check(limit=100, given=True).within(50) > 90
     late = result(lambda check: "well", limit=4)
     assert late == (SKIPPED, "no time was left of 4 s", 1)
     # What hangs has failed; what the limit cut off has not.
@@ -307,7 +309,14 @@ def test_bench_device_on_the_host():
 @pytest.mark.slow
 @pytest.mark.skipif(not HOST.is_file(), reason="build/c/cuda_host.so is not built")
 def test_the_command_on_the_host(tmp_path):
-    command = [sys.executable, "tests/gpu_check.py", "--plugin", HOST, "--seed", "5"]
+    command = [
+        sys.executable,
+        "tests/gpu_check.py",
+        "--plugin",
+        HOST,
+        "--limit",
+        "3000",
+    ]
     rows = tmp_path / "rows.jsonl"
     run = subprocess.run(
         [*command, "--only", "device build model", "--json", rows],
