@@ -29,7 +29,8 @@ JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
 
-.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers asan tsan fmt lint wheel \
+.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers gpu-check asan tsan fmt lint \
+        wheel \
         clean
 .DELETE_ON_ERROR:
 
@@ -115,6 +116,14 @@ wheel: $(BIN)/python ## sdist and wheel under dist/, checked by auditwheel
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/auditwheel show $$(ls -t dist/*.whl | head -n 1)
 
+# Runs on a bare machine, too; a Python with numpy, pytest and torch shows more of it.
+GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(firstword \
+                $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+gpu-check: ## on a GPU: build, check, time; ONLY= SKIP= QUICK=1 LIMIT=600 SEED= JSON=FILE
+	@$(GPU_PYTHON) tests/gpu_check.py $(if $(ONLY),--only '$(ONLY)') $(if $(SKIP),--skip '$(SKIP)') \
+	  $(if $(QUICK),--quick) $(if $(LIMIT),--limit $(LIMIT)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(JSON),--json '$(JSON)')
+
 # ------------------------------------------------------------------ C alone
 
 $(BUILD)/%.o: %.c $(HEADERS)
@@ -150,7 +159,8 @@ $(BUILD)/test_%: tests/c/test_%.cpp tests/c/check.h $(CUDA_HEADERS) $(TEST_LIBS)
 	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -Itests/c -DACRE_TEST_CUDA='"$(BUILD)"' $< \
 	  $(TEST_LIBS) -o $@ $(LIBS)
 
-$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h tests/c/cases.h $(BUILD)/libacre.a
+$(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h $(wildcard tests/c/ca*.h) \
+                  $(BUILD)/libacre.a
 	$(CC) $(ACRE_CFLAGS) $(CFLAGS) -Itests/c $< $(BUILD)/libacre.a -o $@ $(LIBS)
 
 $(BUILD)/count_kernels: benchmarks/count_kernels.c $(BUILD)/libacre.a

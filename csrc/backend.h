@@ -60,6 +60,8 @@ typedef struct acre_backend_ops {
 
   /* ---- memory. alloc is zero-filled and 64-byte aligned; out of memory is ACRE_NO_MEMORY. */
   acre_status (*alloc)(acre_backend *, acre_buffer **out, size_t bytes, acre_error *);
+  /* Bytes that alloc can still give, as far as the device tells; 0: it does not tell. */
+  size_t (*available)(acre_backend *);
   void (*destroy)(acre_backend *);
 
   acre_status (*queue_open)(acre_backend *, acre_queue **out, acre_error *);

@@ -355,8 +355,9 @@ static acre_status check_ids(const acre_model *model, const int32_t *ids, int64_
   return ACRE_OK;
 }
 
-static acre_status check_memory(const acre_plan *plan, acre_error *error) {
-  size_t available = acre_memory_available();
+static acre_status check_memory(const acre_plan *plan, acre_backend *backend,
+                                acre_error *error) {
+  size_t available = backend->ops->available(backend);
   if (!available || plan->peak_bytes <= available) return ACRE_OK;
   return acre_fail(error, ACRE_NO_MEMORY,
                    "build: %lld tokens need %zu bytes (%zu of them L2), %zu are available",
@@ -421,7 +422,7 @@ static acre_status thaw(acre_builder *b, const acre_cache *from, int64_t keep,
 static acre_status open_builder(acre_builder *b, const acre_plan *plan, acre_proxy proxy,
                                 const acre_cache *from, int64_t keep, const int32_t *ids,
                                 acre_error *error) {
-  ACRE_TRY(check_memory(plan, error));
+  ACRE_TRY(check_memory(plan, b->model->backend, error));
   b->nested = acre_plan_nested(plan, proxy);
   b->tokens = plan->n;
   ACRE_TRY(acre_cache_new(&b->cache, b->model, plan, proxy, ids, error));

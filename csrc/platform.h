@@ -20,7 +20,7 @@ void acre_alloc_fail_at(int64_t n);
 int64_t acre_alloc_live(void); /* allocations not yet freed */
 
 int32_t acre_cpu_count(void);       /* usable by this process */
-size_t acre_memory_available(void); /* bytes that a build may count on; 0 = unknown */
+size_t acre_memory_available(void); /* bytes of the host not yet taken; 0 = unknown */
 double acre_clock(void);            /* seconds, monotonic */
 
 typedef struct acre_mutex acre_mutex;

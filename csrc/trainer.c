@@ -172,7 +172,8 @@ acre_example acre_example_default(void) {
 
 static acre_status check_memory(const acre_trainer *t, acre_error *error) {
   const acre_sweep *s = &t->sweep;
-  size_t available = acre_memory_available(), needed = acre_sweep_bytes(s);
+  acre_backend *backend = t->model->backend;
+  size_t available = backend->ops->available(backend), needed = acre_sweep_bytes(s);
   if (s->longest > t->workspace.rows) needed += acre_workspace_bytes(t->model, s->longest);
   if (s->gradients && (s->longest > t->space.rows || s->seen > t->space.prefix)) {
     needed += acre_back_space_bytes(t->model, s->longest, s->seen);

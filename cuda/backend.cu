@@ -78,6 +78,7 @@ acre_backend_ops operations_for(const backend *owner) {
   acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
+  ops.available = available;
   ops.destroy = destroy;
   ops.queue_open = queue_open;
   ops.queue_close = queue_close;

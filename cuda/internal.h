@@ -151,6 +151,7 @@ bool on_any_device(const void *memory);
 void leave(backend *owner);
 
 acre_status alloc(acre_backend *base, acre_buffer **out, size_t bytes, acre_error *error);
+size_t available(acre_backend *base);
 acre_status queue_open(acre_backend *base, acre_queue **out, acre_error *error);
 acre_status queue_open_with(backend *owner, size_t workspace_bytes, acre_queue **out,
                             acre_error *error);

@@ -107,6 +107,15 @@ acre_status alloc(acre_backend *base, acre_buffer **out, size_t bytes, acre_erro
   return refuse(error, failed, ACRE_SITE("cudaMemsetAsync"));
 }
 
+/* Of the whole device, so what other programs hold is out of it, too. */
+size_t available(acre_backend *base) {
+  on_device scope(((backend *)base)->ordinal);
+  size_t bytes = 0, total = 0;
+  if (cudaMemGetInfo(&bytes, &total) == cudaSuccess) return bytes;
+  cudaGetLastError(); /* alloc will tell */
+  return 0;
+}
+
 /* ------------------------------------------------------------------ queues */
 
 namespace {

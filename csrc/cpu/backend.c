@@ -48,6 +48,11 @@ acre_status acre_cpu_alloc(acre_backend *backend, acre_buffer **out, size_t byte
   return ACRE_OK;
 }
 
+static size_t available(acre_backend *backend) {
+  (void)backend;
+  return acre_memory_available();
+}
+
 /* ---------------------------------------------------------------- queue */
 
 static void queue_close(acre_queue *queue) {
@@ -359,6 +364,7 @@ static void destroy(acre_backend *backend) {
 static const acre_backend_ops cpu_ops = {
     .name = "cpu",
     .alloc = acre_cpu_alloc,
+    .available = available,
     .destroy = destroy,
     .queue_open = queue_open,
     .queue_close = queue_close,

@@ -2,6 +2,7 @@
 #ifndef ACRE_HOST_H
 #define ACRE_HOST_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -11,6 +12,7 @@ extern "C" {
 /* The machine that the runtime tells of. Versions as 1000 * major + 10 * minor. */
 typedef struct acre_host_machine {
   int driver, devices, major, minor;
+  size_t available; /* bytes of device memory that are free; 0: what this machine has */
 } acre_host_machine;
 
 extern acre_host_machine acre_host_is;

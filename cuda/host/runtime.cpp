@@ -16,7 +16,7 @@ struct acre_host_event {
   int unused;
 };
 
-acre_host_machine acre_host_is = {13000, 1, 8, 0};
+acre_host_machine acre_host_is = {13000, 1, 8, 0, 0};
 
 namespace {
 
@@ -120,9 +120,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
-  *available = acre_memory_available();
+  *available = acre_host_is.available ? acre_host_is.available : acre_memory_available();
   *total = *available;
-  return cudaSuccess;
+  return result();
 }
 
 void acre_host_access(bool begins) { acre_apart_access(begins); }

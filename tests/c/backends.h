@@ -1,10 +1,14 @@
 /* What the tests of operations share: a backend and a queue for every table that this
  * processor can run, with one thread and with three, the CUDA table as far as the host can
- * run it (cuda/host), and arrays of random numbers. */
+ * run it (cuda/host), and arrays of random numbers.
+ *
+ * With ACRE_TEST_PLUGIN in the environment, a file like acre/_cuda.so, the same tests compare
+ * its device with the oracle alone, whose table is the scalar one of one thread. */
 #ifndef ACRE_TEST_BACKENDS_H
 #define ACRE_TEST_BACKENDS_H
 
 #include "backend.h"
+#include "carried.h"
 #include "check.h"
 #include "cpu/kernels.h"
 #include "guard.h"
@@ -63,6 +67,28 @@ static inline bool same(const void *a, const void *b, int64_t bytes) {
   return memcmp(a, b, (size_t)bytes) == 0;
 }
 
+/* The plug-in under test; NULL: none, but the CUDA table of the host. */
+static inline const char *plugin_under_test(void) { return getenv("ACRE_TEST_PLUGIN"); }
+
+/* Two of its device: with little scratch and with what it comes with. */
+static inline bool open_plugin(const char *plugin) {
+  static const size_t scratch[2][2] = {{12288, 1024}, {0, 0}};
+  for (int i = 0; i < 2; i++) {
+    acre_error error = {0};
+    acre_backend *backend;
+    if (carried_open(&backend, plugin, getenv("ACRE_TEST_LIBRARIES"), scratch[i][0],
+                     scratch[i][1], &error) != ACRE_OK) {
+      printf(" %s\n", error.message);
+      return false;
+    }
+    printf(" %s", backend->isa);
+    backends[backend_count] = backend;
+    if (backend->ops->queue_open(backend, &queues[backend_count++], NULL) != ACRE_OK)
+      return false;
+  }
+  return true;
+}
+
 #ifdef ACRE_TEST_CUDA
 /* Little scratch, so that work is cut into parts at small sizes, too. */
 static inline bool open_cuda(void) {
@@ -92,7 +118,8 @@ static inline bool open_backends(int argc, char **argv, uint64_t default_seed) {
   static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
   seed = argc > 1 ? strtoull(argv[1], NULL, 10) : default_seed;
   printf("seed %llu, backends:", (unsigned long long)seed);
-  for (int i = 0; i < CPU_BACKENDS; i++) {
+  const char *plugin = plugin_under_test();
+  for (int i = 0; i < (plugin ? 1 : CPU_BACKENDS); i++) {
     acre_backend *backend;
     if (acre_cpu_backend_open(&backend, i % 2 ? 3 : 1, names[i / 2], NULL) != ACRE_OK)
       continue;
@@ -102,11 +129,13 @@ static inline bool open_backends(int argc, char **argv, uint64_t default_seed) {
     backends[backend_count++] = backend;
   }
   exact_count = backend_count;
+  bool opened = true;
+  if (plugin) opened = open_plugin(plugin);
 #ifdef ACRE_TEST_CUDA
-  if (!open_cuda()) return false;
+  if (!plugin) opened = open_cuda();
 #endif
   printf("\n");
-  return true;
+  return opened;
 }
 
 /* The CPU's tables give the same bits; of them only the first is compared with exact values,
@@ -123,7 +152,8 @@ static inline void close_backends(void) {
     backends[i]->ops->queue_close(queues[i]);
     backends[i]->ops->destroy(backends[i]);
   }
-  CHECK(acre_alloc_live() == 0);
+  /* A plug-in counts what it allocates for itself, though we free its buffers. */
+  CHECK(plugin_under_test() || acre_alloc_live() == 0);
 #ifdef ACRE_TEST_CUDA
   CHECK(acre_host_conflicts() == 0);
 #endif

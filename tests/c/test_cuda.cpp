@@ -317,6 +317,19 @@ void test_memory(void) {
         backend->account.held == held);
 }
 
+/* What the device has left, not what the host has; nothing is known where the call fails, and
+ * that is no failure of what comes next. */
+void test_available(void) {
+  acre_error error = {};
+  acre_host_is.available = 12345;
+  CHECK(ops->available(backend) == 12345);
+  acre_host_fail(cudaErrorInvalidValue, 1);
+  CHECK(ops->available(backend) == 0);
+  acre_host_fail(0, 0);
+  acre_host_is.available = 0;
+  CHECK(cudaGetLastError() == cudaSuccess && ops->sync(queue, &error) == ACRE_OK);
+}
+
 /* Of calls that fail for other reasons the first is told, and nothing is kept. */
 void test_failing_open(void) {
   int64_t live = acre_alloc_live();
@@ -348,11 +361,11 @@ void refused(acre_host_machine machine, acre_status status, const char *words) {
 }
 
 void test_refusals(void) {
-  refused({0, 0, 0, 0}, ACRE_UNSUPPORTED, "no NVIDIA driver");
-  refused({12080, 1, 9, 0}, ACRE_UNSUPPORTED,
+  refused({0, 0, 0, 0, 0}, ACRE_UNSUPPORTED, "no NVIDIA driver");
+  refused({12080, 1, 9, 0, 0}, ACRE_UNSUPPORTED,
           "supports CUDA 12.8, this build of acre needs 13.0");
-  refused({13000, 0, 9, 0}, ACRE_UNSUPPORTED, "no GPU");
-  refused({13000, 1, 7, 5}, ACRE_UNSUPPORTED, "compute capability 7.5, expected 8.0");
+  refused({13000, 0, 9, 0, 0}, ACRE_UNSUPPORTED, "no GPU");
+  refused({13000, 1, 7, 5, 0}, ACRE_UNSUPPORTED, "compute capability 7.5, expected 8.0");
   acre_backend *none;
   acre_error error;
   CHECK(acre_cuda_backend_open(&none, 1, NULL, &error) == ACRE_BAD_VALUE && !none);
@@ -385,6 +398,7 @@ int main(int argc, char **argv) {
   test_failure(1, "cudaMemcpyAsync");
   test_failure(2, "round_kernel");
   test_memory();
+  test_available();
   test_failing_open();
   ops->queue_close(queue);
   ops->destroy(backend);
