@@ -48,6 +48,12 @@ acre_status acre_plugin_open(acre_backend **out, const char *path, const char *l
         "device: the CUDA backend %s is of version %.20s, expected " ACRE_VERSION
         "; build or install acre anew",
         path, version && open_backend ? version : "unknown");
+  const size_t *seam = dlsym(plugin, "acre_cuda_seam");
+  if (!seam || *seam != sizeof(acre_backend_ops))
+    return acre_fail(error, ACRE_UNSUPPORTED,
+                     "device: the CUDA backend %s was built from other sources than this "
+                     "build of acre; build or install both anew",
+                     path);
   acre_cuda_options options = {sizeof options, libraries, 0, 0};
   return open_backend(out, ordinal, &options, error);
 }

@@ -1,6 +1,7 @@
 /* A backend in a shared object of its own, loaded only when its device is asked for.
  *
- * The plug-in exports acre_cuda_version, which must be this library's ACRE_VERSION, and
+ * The plug-in exports acre_cuda_version, which must be this library's ACRE_VERSION,
+ * acre_cuda_seam, which must be the size of this library's table of operations, and
  * acre_cuda_backend_open. */
 #ifndef ACRE_PLUGIN_H
 #define ACRE_PLUGIN_H
@@ -25,6 +26,7 @@ typedef acre_status (*acre_cuda_open)(acre_backend **out, int32_t ordinal,
 
 /* Defined by the plug-in. */
 ACRE_PLUGIN_API extern const char acre_cuda_version[];
+ACRE_PLUGIN_API extern const size_t acre_cuda_seam; /* sizeof(acre_backend_ops) */
 ACRE_PLUGIN_API acre_status acre_cuda_backend_open(acre_backend **out, int32_t ordinal,
                                                    const acre_cuda_options *options,
                                                    acre_error *error);

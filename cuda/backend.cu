@@ -221,6 +221,7 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
 extern "C" {
 
 const char acre_cuda_version[] = ACRE_VERSION;
+const size_t acre_cuda_seam = sizeof(acre_backend_ops);
 
 acre_status acre_cuda_backend_open(acre_backend **out, int32_t ordinal,
                                    const acre_cuda_options *given, acre_error *error) {

@@ -64,6 +64,19 @@ def test_a_file_that_is_no_plugin(tmp_path):
         _core.Engine(device="cuda", plugin=_core.__file__)
 
 
+def test_a_plugin_of_other_sources(tmp_path):
+    """Of this version, but its table has another size: its calls would go astray."""
+    source, path = tmp_path / "fake.c", tmp_path / "_cuda.so"
+    source.write_text(
+        f'const char acre_cuda_version[] = "{acre.__version__}";'
+        "const unsigned long acre_cuda_seam = 8;"
+        "int acre_cuda_backend_open(void) { return 0; }"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", path], check=True)
+    with pytest.raises(NotImplementedError, match="built from other sources"):
+        _core.Engine(device="cuda", plugin=str(path))
+
+
 def test_nothing_is_loaded_before_it_is_asked_for():
     code = (
         "import acre, toy; acre.Model.from_arrays(toy.hf_config(), toy.arrays());"
@@ -94,7 +107,9 @@ def test_exports_and_needs():
     names = subprocess.run(
         ["nm", "-D", "--defined-only", PLUGIN], capture_output=True, text=True
     ).stdout.split()[2::3]
-    assert sorted(names) == ["acre_cuda_backend_open", "acre_cuda_version"]
+    assert sorted(names) == [
+        "acre_cuda_backend_open", "acre_cuda_seam", "acre_cuda_version",
+    ]  # fmt: skip
     needs = subprocess.run(["readelf", "-d", PLUGIN], capture_output=True, text=True)
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", needs.stdout))
     assert not {name for name in needed if re.search(r"cuda|cublas|stdc\+\+", name)}
