@@ -198,7 +198,8 @@ void acre_pause(void) {
 }
 
 void acre_sleep(double seconds) {
-  struct timespec time = {(time_t)seconds, (long)(1e9 * (seconds - (double)(time_t)seconds))};
+  struct timespec time = {(time_t)seconds,
+                          (long)(1e9 * (seconds - (double)(time_t)seconds))};
   nanosleep(&time, NULL);
 }
 

@@ -31,17 +31,19 @@ struct nccl_config {
 typedef struct ncclComm *nccl_comm;
 
 /* X(result, name, arguments): every entry point that is used. */
-#define NCCL_FUNCTIONS(X)                                                                 \
-  X(int, ncclGetVersion, (int *))                                                         \
-  X(const char *, ncclGetErrorString, (int))                                              \
-  X(const char *, ncclGetLastError, (nccl_comm))                                          \
-  X(int, ncclGetUniqueId, (nccl_id *))                                                    \
-  X(int, ncclCommInitRankConfig, (nccl_comm *, int world, nccl_id, int rank, nccl_config *)) \
-  X(int, ncclCommGetAsyncError, (nccl_comm, int *))                                       \
-  X(int, ncclAllReduce,                                                                   \
-    (const void *from, void *to, size_t count, int type, int how, nccl_comm, cudaStream_t)) \
-  X(int, ncclCommFinalize, (nccl_comm))                                                   \
-  X(int, ncclCommDestroy, (nccl_comm))                                                    \
+#define NCCL_FUNCTIONS(X)                                                    \
+  X(int, ncclGetVersion, (int *))                                            \
+  X(const char *, ncclGetErrorString, (int))                                 \
+  X(const char *, ncclGetLastError, (nccl_comm))                             \
+  X(int, ncclGetUniqueId, (nccl_id *))                                       \
+  X(int, ncclCommInitRankConfig,                                             \
+    (nccl_comm *, int world, nccl_id, int rank, nccl_config *))              \
+  X(int, ncclCommGetAsyncError, (nccl_comm, int *))                          \
+  X(int, ncclAllReduce,                                                      \
+    (const void *from, void *to, size_t count, int type, int how, nccl_comm, \
+     cudaStream_t))                                                          \
+  X(int, ncclCommFinalize, (nccl_comm))                                      \
+  X(int, ncclCommDestroy, (nccl_comm))                                       \
   X(int, ncclCommAbort, (nccl_comm))
 
 #endif

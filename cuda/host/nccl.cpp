@@ -67,8 +67,9 @@ meeting *map_file(const char *path, int flags) {
   int file = open(path, O_RDWR | flags, 0600);
   if (file < 0) return NULL;
   bool sized = !(flags & O_CREAT) || ftruncate(file, sizeof(meeting)) == 0;
-  void *map = sized ? mmap(NULL, sizeof(meeting), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0)
-                    : MAP_FAILED;
+  void *map = sized
+                  ? mmap(NULL, sizeof(meeting), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0)
+                  : MAP_FAILED;
   close(file);
   return map == MAP_FAILED ? NULL : (meeting *)map;
 }
