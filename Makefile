@@ -27,11 +27,10 @@ ACRE_CXXFLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wno-unknown-pragmas -Wn
 BUILD   := build/c
 JOBS    := -j$(shell nproc)
 OBJECTS := $(SOURCES:%.c=$(BUILD)/%.o)
-CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp,$(HOST_CUDA)))
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/%.o,$(filter-out %/cublaslt.cpp %/nccl.cpp,$(HOST_CUDA)))
 
-.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers gpu-check asan tsan fmt lint \
-        wheel \
-        clean
+.PHONY: help build cuda test ctest demo adapter bench bench-check bench-peers gpu-check asan tsan \
+        fmt lint wheel clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -144,6 +143,13 @@ $(BUILD)/libcublasLt.so.13: cuda/host/cublaslt.cpp cuda/cublaslt.h
 	@mkdir -p $(dir $@)
 	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -fvisibility=default -shared $< -o $@
 
+# As much of it as there is, and one that lacks something.
+$(BUILD)/nccl/libnccl.so.2 $(BUILD)/lacking/libnccl.so.2: cuda/host/nccl.cpp cuda/nccl.h \
+                                                          cuda/host/cuda_runtime.h
+	@mkdir -p $(dir $@)
+	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) $(if $(findstring lacking,$@),-DACRE_HOST_NCCL_LACKS) \
+	  -fvisibility=default -shared $< -o $@
+
 # The host's CUDA as a plug-in, as the real one is loaded.
 $(BUILD)/cuda_host.so: $(CUDA_OBJECTS) $(CUDA_SHARED:%=$(BUILD)/csrc/%.o)
 	$(CC) $(CFLAGS) -shared $^ -o $@ $(LIBS)
@@ -158,6 +164,8 @@ $(BUILD)/test_%: tests/c/test_%.cpp tests/c/check.h $(CUDA_HEADERS) $(TEST_LIBS)
                  $(BUILD)/libcublasLt.so.13
 	$(CXX) $(ACRE_CXXFLAGS) $(CFLAGS) -Itests/c -DACRE_TEST_CUDA='"$(BUILD)"' $< \
 	  $(TEST_LIBS) -o $@ $(LIBS)
+
+$(BUILD)/test_nccl: $(BUILD)/nccl/libnccl.so.2 $(BUILD)/lacking/libnccl.so.2
 
 $(BUILD)/bench_%: benchmarks/bench_%.c benchmarks/peaks.h $(wildcard tests/c/ca*.h) \
                   $(BUILD)/libacre.a

@@ -54,6 +54,7 @@ typedef enum acre_status {
   ACRE_DEVICE,      /* the device failed; the object must be released */
   ACRE_UNSUPPORTED, /* a known feature that this build or device lacks */
   ACRE_BUSY,        /* the object is in use on another thread: wait */
+  ACRE_NO_PEER,     /* another process of a group, or the way to it, has failed */
 } acre_status;
 
 typedef struct acre_error {
@@ -470,6 +471,28 @@ ACRE_API acre_status acre_trainer_update(acre_trainer *trainer, const acre_adamw
                                          double divisor, double clip, double *norm,
                                          acre_error *error);
 ACRE_API acre_status acre_trainer_clear(acre_trainer *trainer, acre_error *error);
+
+/* Trainers of several processes, each on a GPU of its own, that add up their gradients on the
+ * devices. One of them invites; its id goes to all by the caller's own means, and each joins as
+ * another rank of the same world. join and share only begin: call wait until *done, and between
+ * them nothing but wait and leave (ACRE_BAD_STATE). ACRE_UNSUPPORTED, with what is missing, where
+ * the device knows no peers.
+ *
+ * wait returns after `seconds` at the latest (0 to 1e6), *done or not: how long a silent peer is
+ * waited for is the caller's choice. ACRE_NO_PEER: the peers are left, and after a share the
+ * gradients are no sum: clear them. So does leave, which gives up what is under way, takes some
+ * seconds where the others do not leave, and does nothing where no peers are; releasing a trainer
+ * leaves them, too. */
+enum { ACRE_PEERS_ID = 128 }; /* bytes of an id */
+ACRE_API acre_status acre_trainer_invite(uint8_t *id, acre_trainer *trainer,
+                                         acre_error *error);
+ACRE_API acre_status acre_trainer_join(acre_trainer *trainer, int64_t rank, int64_t world,
+                                       const uint8_t *id, acre_error *error);
+/* The sum over all ranks becomes the gradient of each, with the same bits. */
+ACRE_API acre_status acre_trainer_share(acre_trainer *trainer, acre_error *error);
+ACRE_API acre_status acre_trainer_wait(bool *done, acre_trainer *trainer, double seconds,
+                                       acre_error *error);
+ACRE_API acre_status acre_trainer_leave(acre_trainer *trainer, acre_error *error);
 
 #ifdef __cplusplus
 }

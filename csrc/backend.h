@@ -28,6 +28,7 @@ extern "C" {
 typedef struct acre_backend acre_backend;
 typedef struct acre_queue acre_queue;   /* defined by each backend */
 typedef struct acre_matrix acre_matrix; /* [N, K] weights in the backend's own layout */
+typedef struct acre_peers acre_peers;   /* devices of other processes */
 
 /* Rows [0, rows) of `source` go to rows [dst_row, dst_row + rows) of the destination. */
 typedef struct acre_span {
@@ -244,6 +245,21 @@ typedef struct acre_backend_ops {
    *               + weight_decay w) */
   void (*adamw)(acre_queue *, float *w, float *first, float *second, const float *gradient,
                 int64_t n, float scale, const acre_adamw *);
+
+  /* ---- sums over the devices of several processes: all five, or NULL. */
+
+  /* An id for peers_open, made by one of them and carried to all. */
+  acre_status (*peers_invite)(acre_backend *, uint8_t id[ACRE_PEERS_ID], acre_error *);
+  /* Begins to meet the `world` ranks that got this id. The queue must outlive the peers. */
+  acre_status (*peers_open)(acre_queue *, acre_peers **out, int64_t rank, int64_t world,
+                            const uint8_t id[ACRE_PEERS_ID], acre_error *);
+  void (*peers_close)(acre_peers *); /* gives up what is under way */
+  /* Begins x[i] = the sum of x[i] over all ranks, behind what the queue has to do; the queue
+   * gets nothing else until peers_wait is done. */
+  void (*peers_sum)(acre_peers *, float *x, int64_t n);
+  /* Waits for what open or sum began, `seconds` at most; *done: whether it is through. After a
+   * refusal the peers are good for closing only, the queue for all that it was before. */
+  acre_status (*peers_wait)(acre_peers *, bool *done, double seconds, acre_error *);
 } acre_backend_ops;
 
 struct acre_backend {

@@ -197,6 +197,12 @@ void acre_pause(void) {
 #endif
 }
 
+void acre_sleep(double seconds) {
+  struct timespec time = {(time_t)seconds,
+                          (long)(1e9 * (seconds - (double)(time_t)seconds))};
+  nanosleep(&time, NULL);
+}
+
 #ifdef __linux__
 
 void acre_wait(_Atomic uint32_t *word, uint32_t value) {

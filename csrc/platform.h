@@ -36,8 +36,9 @@ typedef struct acre_thread acre_thread;
 acre_thread *acre_thread_new(void (*run)(void *context), void *context); /* or NULL */
 void acre_thread_join(acre_thread *thread); /* waits for its end and frees it */
 
-void acre_pause(void); /* one turn of a spin loop */
-#ifndef __cplusplus    /* which has no _Atomic */
+void acre_pause(void);           /* one turn of a spin loop */
+void acre_sleep(double seconds); /* may wake early */
+#ifndef __cplusplus              /* which has no _Atomic */
 /* Sleeps while *word == value (may return early); wakes up to n who sleep on it. */
 void acre_wait(_Atomic uint32_t *word, uint32_t value);
 void acre_wake(_Atomic uint32_t *word, int32_t n);

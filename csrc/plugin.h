@@ -16,7 +16,8 @@ extern "C" {
 
 typedef struct acre_cuda_options {
   size_t struct_size;
-  const char *libraries;  /* directories to look for cuBLASLt in, ':' between; or NULL */
+  const char *libraries;  /* directories to look for cuBLASLt and NCCL in, ':' between; or
+                             NULL */
   size_t workspace_bytes; /* scratch of a queue, for products and sums; 0: the default */
   size_t staging_bytes;   /* pinned memory of a queue, for copies; 0: the default */
 } acre_cuda_options;

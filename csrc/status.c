@@ -25,6 +25,7 @@ const char *acre_status_name(acre_status status) {
     case ACRE_DEVICE: return "device failure";
     case ACRE_UNSUPPORTED: return "unsupported";
     case ACRE_BUSY: return "busy";
+    case ACRE_NO_PEER: return "no peer";
   }
   return "unknown status";
 }

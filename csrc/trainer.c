@@ -17,6 +17,8 @@ struct acre_trainer {
   atomic_flag busy;
   acre_model *model; /* the fork */
   acre_queue *queue;
+  acre_peers *peers; /* that gradients are summed with; NULL: none */
+  bool waiting;      /* for them: the queue is theirs */
   acre_reverse reverse;
   int64_t size, layer_size; /* numbers: of a vector, of one layer in it */
   acre_buffer *vectors[VECTORS];
@@ -27,7 +29,7 @@ struct acre_trainer {
   acre_sweep sweep;
 };
 
-static acre_status enter(acre_trainer *t, acre_error *error) {
+static acre_status hold(acre_trainer *t, acre_error *error) {
   if (!atomic_flag_test_and_set(&t->busy)) return ACRE_OK;
   return acre_fail(error, ACRE_BUSY, "trainer: in use on another thread");
 }
@@ -35,6 +37,13 @@ static acre_status enter(acre_trainer *t, acre_error *error) {
 static acre_status leave(acre_trainer *t, acre_status status) {
   atomic_flag_clear(&t->busy);
   return status;
+}
+
+static acre_status enter(acre_trainer *t, acre_error *error) {
+  ACRE_TRY(hold(t, error));
+  if (!t->waiting) return ACRE_OK;
+  return leave(t, acre_fail(error, ACRE_BAD_STATE,
+                            "trainer: it waits for its peers; wait or leave first"));
 }
 
 /* ---------------------------------------------------------------- layout of a vector */
@@ -302,6 +311,89 @@ acre_status acre_trainer_clear(acre_trainer *t, acre_error *error) {
   return leave(t, ops->sync(t->queue, error));
 }
 
+/* ---------------------------------------------------------------- peers */
+
+static void part(acre_trainer *t) {
+  if (t->peers) t->model->backend->ops->peers_close(t->peers);
+  t->peers = NULL;
+  t->waiting = false;
+}
+
+static acre_status check_device(const acre_trainer *t, acre_error *error) {
+  const acre_backend_ops *ops = t->model->backend->ops;
+  if (ops->peers_invite) return ACRE_OK;
+  return acre_fail(error, ACRE_UNSUPPORTED,
+                   "device: '%s' has no sums over processes of its own", ops->name);
+}
+
+acre_status acre_trainer_invite(uint8_t *id, acre_trainer *t, acre_error *error) {
+  ACRE_TRY(check_device(t, error));
+  ACRE_TRY(enter(t, error));
+  return leave(t, t->model->backend->ops->peers_invite(t->model->backend, id, error));
+}
+
+static acre_status join(acre_trainer *t, int64_t rank, int64_t world, const uint8_t *id,
+                        acre_error *error) {
+  if (t->peers) return acre_fail(error, ACRE_BAD_STATE, "trainer: it has joined already");
+  ACRE_TRY(t->model->backend->ops->peers_open(t->queue, &t->peers, rank, world, id, error));
+  t->waiting = true;
+  return ACRE_OK;
+}
+
+acre_status acre_trainer_join(acre_trainer *t, int64_t rank, int64_t world,
+                              const uint8_t *id, acre_error *error) {
+  if (world < 1 || world > INT32_MAX) {
+    return acre_fail(error, ACRE_BAD_VALUE, "world: got %lld, expected 1 to %d",
+                     (long long)world, INT32_MAX);
+  }
+  if (rank < 0 || rank >= world) {
+    return acre_fail(error, ACRE_BAD_VALUE, "rank: got %lld, expected 0 to %lld",
+                     (long long)rank, (long long)world - 1);
+  }
+  ACRE_TRY(check_device(t, error));
+  ACRE_TRY(enter(t, error));
+  return leave(t, join(t, rank, world, id, error));
+}
+
+static acre_status share(acre_trainer *t, acre_error *error) {
+  if (!t->peers) return acre_fail(error, ACRE_BAD_STATE, "trainer: it has joined no peers");
+  t->model->backend->ops->peers_sum(t->peers, vector_at(t, ACRE_GRADIENTS, 0), t->size);
+  t->waiting = true;
+  return ACRE_OK;
+}
+
+acre_status acre_trainer_share(acre_trainer *t, acre_error *error) {
+  ACRE_TRY(enter(t, error));
+  return leave(t, share(t, error));
+}
+
+static acre_status wait_for(acre_trainer *t, bool *done, double seconds,
+                            acre_error *error) {
+  if (!t->waiting) {
+    return acre_fail(error, ACRE_BAD_STATE, "trainer: it does not wait for peers");
+  }
+  acre_status status = t->model->backend->ops->peers_wait(t->peers, done, seconds, error);
+  if (status != ACRE_OK) part(t);
+  if (status == ACRE_OK && *done) t->waiting = false;
+  return status;
+}
+
+acre_status acre_trainer_wait(bool *done, acre_trainer *t, double seconds,
+                              acre_error *error) {
+  *done = false;
+  if (!(seconds >= 0 && seconds <= 1e6)) {
+    return acre_fail(error, ACRE_BAD_VALUE, "seconds: got %g, expected 0 to 1e6", seconds);
+  }
+  ACRE_TRY(hold(t, error));
+  return leave(t, wait_for(t, done, seconds, error));
+}
+
+acre_status acre_trainer_leave(acre_trainer *t, acre_error *error) {
+  ACRE_TRY(hold(t, error));
+  part(t);
+  return leave(t, ACRE_OK);
+}
+
 /* ---------------------------------------------------------------- life */
 
 static acre_status open_vectors(acre_trainer *t, acre_error *error) {
@@ -354,6 +446,7 @@ acre_status acre_trainer_open(acre_trainer **out, acre_model *model, acre_error 
 void acre_trainer_release(acre_trainer *t) {
   if (!t) return;
   if (t->model) {
+    part(t);
     acre_sweep_close(&t->sweep);
     acre_tape_shelf_close(&t->shelf);
     acre_back_space_close(&t->space);

@@ -116,6 +116,11 @@ acre_backend_ops operations_for(const backend *owner) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
+  ops.peers_invite = acre_cuda_peers_invite;
+  ops.peers_open = acre_cuda_peers_open;
+  ops.peers_close = acre_cuda_peers_close;
+  ops.peers_sum = acre_cuda_peers_sum;
+  ops.peers_wait = acre_cuda_peers_wait;
   choose_for(&ops, owner);
   return ops;
 }
@@ -192,6 +197,16 @@ size_t size_or(size_t given, size_t otherwise, size_t least) {
   return (bytes + ACRE_ALIGN - 1) / ACRE_ALIGN * ACRE_ALIGN;
 }
 
+acre_status keep_libraries(backend *owner, const char *libraries, acre_error *error) {
+  if (!libraries) return ACRE_OK;
+  size_t bytes = strlen(libraries) + 1;
+  owner->libraries = (char *)acre_alloc(bytes);
+  if (!owner->libraries)
+    return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  memcpy(owner->libraries, libraries, bytes);
+  return ACRE_OK;
+}
+
 acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
                  acre_error *error) {
   owner->ordinal = ordinal;
@@ -211,6 +226,7 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
   owner->loading = acre_mutex_new();
   if (!owner->loading)
     return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
+  ACRE_TRY(keep_libraries(owner, options.libraries, error));
   ACRE_TRY(gemm_library_open(&owner->gemm, options.libraries, error));
   return queue_open_with(owner, WORKSPACE_LEAST, &owner->loader, error);
 }

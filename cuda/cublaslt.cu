@@ -6,10 +6,7 @@
 #include "cublaslt.h"
 
 #include "gemm.h"
-
-#include <dlfcn.h>
-#include <stdio.h>
-#include <string.h>
+#include "library.h"
 
 struct acre_gemm_library {
   void *handle;
@@ -55,32 +52,11 @@ namespace acre {
 
 namespace {
 
-void *open_in(const char *directory, size_t length, const char *name) {
-  char path[4096];
-  int wrote = snprintf(path, sizeof path, "%.*s/%s", (int)length, directory, name);
-  return wrote > 0 && (size_t)wrote < sizeof path ? dlopen(path, RTLD_NOW | RTLD_LOCAL)
-                                                  : NULL;
-}
-
 void *find_library(const char *directories) {
-  for (const char *name : NAMES) {
-    for (const char *at = directories; at && *at;) {
-      size_t length = strcspn(at, ":");
-      void *found = length ? open_in(at, length, name) : NULL;
-      if (found) return found;
-      at += length + (at[length] == ':');
-    }
-    void *found = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (found) return found;
-  }
-  return NULL;
-}
-
-template <class F>
-bool find(F **out, void *handle, const char *name) {
-  void *symbol = dlsym(handle, name);
-  memcpy(out, &symbol, sizeof symbol);
-  return symbol != NULL;
+  void *found = NULL;
+  for (const char *name : NAMES)
+    if (!found) found = library_open(directories, name);
+  return found;
 }
 
 }  // namespace
@@ -102,7 +78,7 @@ acre_status gemm_library_open(acre_gemm_library **out, const char *directories,
   library->handle = handle;
   const char *missing = NULL;
 #define FIND(result, name, arguments) \
-  if (!find(&library->name, handle, #name)) missing = #name;
+  if (!library_find(&library->name, handle, #name)) missing = #name;
   LT_FUNCTIONS(FIND)
 #undef FIND
   if (missing) {

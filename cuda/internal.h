@@ -16,6 +16,7 @@
 
 struct acre_gemm_library; /* gemm.h */
 struct acre_gemm;
+struct acre_nccl; /* nccl.cu */
 
 namespace acre {
 
@@ -65,6 +66,8 @@ struct backend {
   int64_t references;
   size_t workspace_bytes, staging_bytes;
   acre_gemm_library *gemm;
+  char *libraries; /* where to look for what is loaded later; or NULL */
+  acre_nccl *nccl; /* NULL until peers are asked for */
   void
       *tensor_maps; /* the driver's cuTensorMapEncodeTiled, where kernels use it; or NULL */
   acre_mutex *loading; /* of `loader` */
@@ -146,6 +149,8 @@ class sender {
 void copy(acre_queue *queue, void *to, const void *from, size_t bytes);
 /* Whether kernels may read it. */
 bool on_any_device(const void *memory);
+
+void nccl_close(acre_nccl *nccl);
 
 /* A backend lives until it is destroyed and its last buffer is gone. */
 void leave(backend *owner);
@@ -300,5 +305,13 @@ void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float
 void acre_cuda_sum_squares(acre_queue *, double *out, const float *x, int64_t n);
 void acre_cuda_adamw(acre_queue *, float *w, float *first, float *second,
                      const float *gradient, int64_t n, float scale, const acre_adamw *);
+/* nccl.cu */
+acre_status acre_cuda_peers_invite(acre_backend *, uint8_t id[ACRE_PEERS_ID], acre_error *);
+acre_status acre_cuda_peers_open(acre_queue *, acre_peers **out, int64_t rank,
+                                 int64_t world, const uint8_t id[ACRE_PEERS_ID],
+                                 acre_error *);
+void acre_cuda_peers_close(acre_peers *);
+void acre_cuda_peers_sum(acre_peers *, float *x, int64_t n);
+acre_status acre_cuda_peers_wait(acre_peers *, bool *done, double seconds, acre_error *);
 
 #endif

@@ -33,6 +33,8 @@ acre_status refuse(acre_error *error, cudaError_t from, const site &at) {
 void leave(backend *owner) {
   if (__atomic_sub_fetch(&owner->references, 1, __ATOMIC_ACQ_REL) != 0) return;
   gemm_library_close(owner->gemm);
+  nccl_close(owner->nccl);
+  acre_free(owner->libraries);
   acre_mutex_free(owner->loading);
   acre_free(owner);
 }

@@ -49,6 +49,12 @@ class Trainer:
     def clear(self) -> None:
         self.parts["gradients"][:] = 0
 
+    def invite(self) -> bytes:
+        raise NotImplementedError("a fake has no device")
+
+    def leave(self) -> None:
+        """It has joined nobody."""
+
     def accumulate(self, ids, *, gradients=True, questions=(), **_) -> dict:
         time.sleep(self.delay)
         rng = np.random.default_rng([int(i) for i in ids])

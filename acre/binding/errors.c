@@ -33,6 +33,7 @@ static PyObject *exception_of(const binding_state *state, acre_status status) {
     case ACRE_DEVICE: return state->device_error;
     case ACRE_UNSUPPORTED: return PyExc_NotImplementedError;
     case ACRE_BUSY: return state->busy_error;
+    case ACRE_NO_PEER: return PyExc_ConnectionError;
     case ACRE_OK: break;
   }
   return PyExc_SystemError;

@@ -362,6 +362,74 @@ static PyObject *trainer_clear(trainer_object *self, PyObject *unused) {
   Py_RETURN_NONE;
 }
 
+/* ------------------------------------------------------------------ peers */
+
+static PyObject *trainer_invite(trainer_object *self, PyObject *unused) {
+  (void)unused;
+  uint8_t id[ACRE_PEERS_ID];
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_invite(id, self->trainer, &error));
+  if (status != ACRE_OK) return fail(self, &error);
+  return PyBytes_FromStringAndSize((const char *)id, sizeof id);
+}
+
+static PyObject *trainer_join(trainer_object *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"rank", "world", "id", NULL};
+  PyObject *rank_object, *world_object, *id;
+  int64_t rank, world;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:join", names, &rank_object,
+                                   &world_object, &id) ||
+      argument_int64(rank_object, "rank", &rank) < 0 ||
+      argument_int64(world_object, "world", &world) < 0)
+    return NULL;
+  if (!PyBytes_Check(id)) {
+    argument_refuse(id, "id", "bytes");
+    return NULL;
+  }
+  if (PyBytes_GET_SIZE(id) != ACRE_PEERS_ID)
+    return PyErr_Format(PyExc_ValueError, "id: got %zd bytes, expected %d",
+                        PyBytes_GET_SIZE(id), ACRE_PEERS_ID);
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_join(self->trainer, rank, world,
+                                         (const uint8_t *)PyBytes_AS_STRING(id), &error));
+  if (status != ACRE_OK) return fail(self, &error);
+  Py_RETURN_NONE;
+}
+
+static PyObject *trainer_share(trainer_object *self, PyObject *unused) {
+  (void)unused;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_share(self->trainer, &error));
+  if (status != ACRE_OK) return fail(self, &error);
+  Py_RETURN_NONE;
+}
+
+static PyObject *trainer_wait(trainer_object *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"seconds", NULL};
+  PyObject *object;
+  double seconds;
+  bool done;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:wait", names, &object) ||
+      argument_double(object, "seconds", &seconds) < 0)
+    return NULL;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_wait(&done, self->trainer, seconds, &error));
+  return status == ACRE_OK ? PyBool_FromLong(done) : fail(self, &error);
+}
+
+static PyObject *trainer_leave(trainer_object *self, PyObject *unused) {
+  (void)unused;
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_trainer_leave(self->trainer, &error));
+  if (status != ACRE_OK) return fail(self, &error);
+  Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------ type */
 
 PyDoc_STRVAR(read_doc,
@@ -401,6 +469,32 @@ PyDoc_STRVAR(update_doc,
              "where clip > 0; clears them. step counts from 1. Returns the norm before\n"
              "clipping. ValueError, and nothing changed, where it is not finite.");
 PyDoc_STRVAR(clear_doc, "clear($self, /)\n--\n\nSets the gradients to zero.");
+PyDoc_STRVAR(invite_doc,
+             "invite($self, /)\n--\n\n"
+             "An id, bytes [128], by which trainers of several processes meet: one\n"
+             "invites, and all join with the id that the program carries to them.\n"
+             "NotImplementedError, with what is missing, where the device cannot sum\n"
+             "over processes. ConnectionError.");
+PyDoc_STRVAR(join_doc,
+             "join($self, /, rank, world, id)\n--\n\n"
+             "Begins to meet the others; wait() until all are there. rank: 0 to\n"
+             "world - 1, another one in each process. ValueError, NotImplementedError,\n"
+             "ConnectionError; RuntimeError where it has joined already.");
+PyDoc_STRVAR(share_doc,
+             "share($self, /)\n--\n\n"
+             "Begins to sum \"gradients\" over all ranks, in place on the device; wait()\n"
+             "until it is done, with the same bits on every rank. RuntimeError where no\n"
+             "peers are.");
+PyDoc_STRVAR(wait_doc,
+             "wait($self, /, seconds)\n--\n\n"
+             "Waits so long, at most, for what join() or share() began; whether it is\n"
+             "through. Until then all but wait() and leave() is refused (RuntimeError).\n"
+             "ConnectionError: a peer, or the way to it, has failed; the peers are left,\n"
+             "and \"gradients\" are no sum: clear() them.");
+PyDoc_STRVAR(leave_doc,
+             "leave($self, /)\n--\n\n"
+             "Parts from the peers, if there are any, and gives up what is under way:\n"
+             "then \"gradients\" are no sum, and the others wait in vain.");
 PyDoc_STRVAR(
     trainer_doc,
     "Trainer(model)\n--\n\n"
@@ -417,6 +511,11 @@ static PyMethodDef trainer_methods[] = {
      accumulate_doc},
     {"update", KEYWORD_METHOD(trainer_update), METH_VARARGS | METH_KEYWORDS, update_doc},
     {"clear", (PyCFunction)trainer_clear, METH_NOARGS, clear_doc},
+    {"invite", (PyCFunction)trainer_invite, METH_NOARGS, invite_doc},
+    {"join", KEYWORD_METHOD(trainer_join), METH_VARARGS | METH_KEYWORDS, join_doc},
+    {"share", (PyCFunction)trainer_share, METH_NOARGS, share_doc},
+    {"wait", KEYWORD_METHOD(trainer_wait), METH_VARARGS | METH_KEYWORDS, wait_doc},
+    {"leave", (PyCFunction)trainer_leave, METH_NOARGS, leave_doc},
     {NULL, NULL, 0, NULL},
 };
 

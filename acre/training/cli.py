@@ -72,6 +72,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--held-out", action="append", metavar="SOURCE",
                         help="data whose loss is measured")  # fmt: skip
+    parser.add_argument("--device", default="cpu",
+                        help="cpu, cuda or cuda:N; of several processes each takes "
+                        "a GPU of its own for cuda; default cpu")  # fmt: skip
     group = parser.add_argument_group("training")
     group.add_argument("--length", type=int, nargs="+", default=[16384],
                        metavar="N", help="of an example, or a range")  # fmt: skip
@@ -108,6 +111,7 @@ def mix(sources: list[str]) -> dict[str, float]:
 def command_train(arguments: argparse.Namespace) -> None:
     """Trains and says where the adapter is."""
     from acre.cli import open_model, say
+    from acre.training.parallel import own_device
     from acre.training.run import train
 
     length = arguments.length
@@ -116,7 +120,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     options = {name.replace("-", "_"): None for name in NUMBERS}
     options = {name: getattr(arguments, name) for name in options}
     done = train(
-        open_model(arguments), arguments.stage, mix(arguments.data), arguments.out,
+        open_model(arguments, own_device(arguments.device)),
+        arguments.stage, mix(arguments.data), arguments.out,
         length=length[0] if len(length) == 1 else tuple(length),
         intervals=arguments.intervals, evidence_heads=arguments.evidence_heads,
         resume=arguments.resume,

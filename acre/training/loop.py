@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ from acre.training.parallel import Alone, Group
 from acre.training.schedule import learning_rate
 from acre.training.settings import Settings
 from acre.training.stops import terminable, uninterrupted
+from acre.training.sums import Adder, Shared, ThroughGroup, choose
 
 if TYPE_CHECKING:
     from acre.training.examples import Example
@@ -42,7 +44,7 @@ class Examples(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-class Trainer(Learner, Protocol):
+class Trainer(Learner, Shared, Protocol):
     """See `_core.Trainer`."""
 
     def accumulate(self, ids: Any, **arguments: Any) -> dict[str, float]: ...
@@ -122,6 +124,7 @@ class Loop:
         self.facts, self.folder, self.group = facts, folder, group or Alone()
         self.save_every, self.evaluate_every = save_every, evaluate_every
         self.held_out, self.progress = held_out, progress
+        self.adder: Adder = ThroughGroup(self.group)  # until a faster way is found
         self.state = State(stream=stream.state())
         self.ended = False  # the data, before the steps were done
 
@@ -135,7 +138,8 @@ class Loop:
         before are untouched.
         """
         self._resume()
-        with terminable(), self._bar() as bar:
+        self.adder = choose(self.trainer, self.group)
+        with terminable(), closing(self.adder), self._bar() as bar:
             try:
                 self._evaluate()  # a stop may have come just before it
                 while self.state.step < self.settings.steps and self._step(bar):
@@ -236,12 +240,8 @@ class Loop:
 
     def _share_gradients(self, step: int) -> None:
         """The sum over all ranks becomes each one's gradient."""
-        if self.group.world == 1:
-            return
-        gradients = self.trainer.read("gradients")
-        self.group.sum(gradients)
         try:
-            self.trainer.write("gradients", gradients)
+            self.adder.sum(self.trainer)
         except ValueError as error:
             raise FloatingPointError(
                 f"step {step}: the sum of the gradients: {error}; {self._last_good()}"

@@ -6,7 +6,7 @@ sends the sum back, so every process has the same bits, whatever the network doe
 values travel as JSON, arrays as their bytes, nothing is unpickled. Refuses peers that
 do not know the key, and reports one that died or is silent for too long by its rank.
 
-A faster way to sum (on GPUs) replaces `sum` alone: `Group` is all that the loop knows.
+On GPUs gradients have a faster way to be summed (acre.training.sums).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import socket
 import struct
 import time
@@ -34,6 +35,7 @@ LAUNCHERS = (  # rank, processes, rank on this machine
 JOBS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_MCA_ess_base_jobid")
 PORT, TIMEOUT, MEETING = 29500, 1800.0, 300.0  # seconds: of a step, of all to come
 PIECE = 4 << 20  # numbers that travel at once
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class Group(Protocol):
@@ -48,6 +50,9 @@ class Group(Protocol):
 
     def exchange(self, value: Any) -> list[Any]:
         """The JSON values of all ranks, in their order."""
+
+    def whole(self) -> bool:
+        """Whether nobody, of those that this rank would hear of, has gone; at once."""
 
     def close(self) -> None:
         """Ends it; the others' next call fails."""
@@ -64,6 +69,10 @@ class Alone:
     def exchange(self, value: Any) -> list[Any]:
         """The value itself, as JSON gives it back."""
         return [json.loads(json.dumps(value))]
+
+    def whole(self) -> bool:
+        """Yes."""
+        return True
 
     def close(self) -> None:
         """Nothing to end."""
@@ -105,6 +114,19 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
         rank, world, local, env.get("MASTER_ADDR", "127.0.0.1"), port,
         hashlib.sha256(key.encode()).digest(),
     )  # fmt: skip
+
+
+def own_device(device: str, environment: Mapping[str, str] | None = None) -> str:
+    """The device that a process opens for `device`: of several processes "cuda" is for
+    each the GPU of its number on this machine (LOCAL_RANK), or the only one that it may
+    see (CUDA_VISIBLE_DEVICES); all else is as it is. ValueError naming a variable."""
+    env = os.environ if environment is None else environment
+    where = place(env)
+    if device != "cuda" or where.world == 1:
+        return device
+    seen = env.get("CUDA_VISIBLE_DEVICES", "")
+    alone = seen != "" and "," not in seen
+    return f"cuda:{0 if alone else where.local}"
 
 
 def _count(env: Mapping[str, str], name: str, low: int, high: int | None) -> int:
@@ -283,6 +305,13 @@ class Sockets:
 
         self._through(send, receive)
         return values
+
+    def whole(self) -> bool:
+        """Of rank 0: whether all others are there; of these: whether rank 0 is."""
+        ends = select.poll()
+        for peer in self._peers.values():
+            ends.register(peer.fileno(), HUNG_UP)
+        return not ends.poll(0)
 
     def close(self) -> None:
         """Hangs up."""

@@ -33,7 +33,7 @@ from acre.training.adapter import describe, settings_of, write_adapter
 from acre.training.checkpoint import Learner, check_facts
 from acre.training.examples import INTERVALS, Example
 from acre.training.loop import Examples, Folder, Loop, Progress
-from acre.training.parallel import Group, join
+from acre.training.parallel import Group, join, own_device
 from acre.training.settings import PASSES, Settings, settled
 from acre.training.stream import Stream
 
@@ -86,6 +86,7 @@ def train(
     held_out_examples: int = 16,
     evaluate_every: int = 100,
     adapter: str | os.PathLike[str] | None = None,
+    device: str | None = None,
     resume: bool = True,
     progress: Progress = True,
     group: Group | None = None,
@@ -93,7 +94,8 @@ def train(
     """Trains the L1 parameters of a frozen model; writes them as an adapter.
 
     model: an open model, whose L1 parameters are the start (copies of its own
-    projections where it has none), or a path, opened with `adapter` as the start.
+    projections where it has none), or a path, opened with `adapter` as the start, on
+    `device` (None = "cpu"): several processes take a GPU each for "cuda".
     stage: "stage1" (texts) or "stage2" (questions). data: as `Stream` takes it (files,
     folders, builders, with their shares), or a stream. out: the folder.
 
@@ -130,7 +132,7 @@ def train(
     integer("save_every", save_every, 1)
     integer("keep", keep, 1)
     integer("evaluate_every", evaluate_every, 1)
-    opened = _open(model, adapter)
+    opened = _open(model, adapter, device)
     scoring = _scoring(opened, settings)
     shape = {"window": window, "stride": stride, "carry": carry}
     shape |= {"length": length, "intervals": tuple(intervals), "seed": seed}
@@ -184,12 +186,17 @@ def by_name(trainer: Learner) -> dict[str, np.ndarray]:
 
 
 def _open(
-    model: Model | str | os.PathLike[str], adapter: str | os.PathLike[str] | None
+    model: Model | str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
+    device: str | None,
 ) -> Model:
     if not isinstance(model, Model):
-        return Model.from_pretrained(model, adapter=adapter)
+        device = own_device("cpu" if device is None else device)
+        return Model.from_pretrained(model, adapter=adapter, device=device)
     if adapter is not None:
         raise ValueError("adapter: the model is open; open it with this adapter")
+    if device is not None:
+        raise ValueError("device: the model is open; open it on this device")
     return model
 
 

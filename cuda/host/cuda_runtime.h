@@ -40,6 +40,7 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719,
 };
@@ -61,6 +62,10 @@ struct cudaPointerAttributes {
 
 typedef struct acre_host_stream {
   void (*access)(bool begins); /* for libraries that touch device memory by themselves */
+  /* What such a library has put on the stream, and goes on with when the stream is looked at:
+   * true when it is through. NULL: nothing. */
+  bool (*work)(void *context);
+  void *context;
 } *cudaStream_t;
 typedef struct acre_host_event *cudaEvent_t;
 
@@ -84,6 +89,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *poi
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);

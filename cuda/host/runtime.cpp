@@ -65,6 +65,7 @@ const char *cudaGetErrorName(cudaError_t error) {
     case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNotReady: return "cudaErrorNotReady";
     case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
   }
@@ -179,7 +180,15 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
   return error;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaFree(stream); }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return result(); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (stream->work && stream->work(stream->context)) stream->work = NULL;
+  return result(stream->work ? cudaErrorNotReady : cudaSuccess);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  while (stream->work && !stream->work(stream->context)) acre_sleep(1e-4);
+  stream->work = NULL;
+  return result();
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return create(out); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return cudaFree(event); }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return result(); }
