@@ -34,6 +34,7 @@ _Question: TypeAlias = tuple[
 _Vector: TypeAlias = Literal["parameters", "gradients", "first", "second"]
 _Groups: TypeAlias = _Ids | Sequence[Sequence[SupportsIndex]]
 _Proxy: TypeAlias = Literal["pooled", "trained"]
+_Place: TypeAlias = Literal["auto", "device", "host"]
 _Part: TypeAlias = Literal[
     "l1_keys", "l1_values", "l2_keys", "l2_values", "recent_keys", "recent_values"
 ]
@@ -56,6 +57,8 @@ class _Plan(TypedDict):
     l2_bytes: int
     recent_bytes: int
     peak_bytes: int
+    host_bytes: int
+    l2: Literal["device", "host"]
 
 class _Loss(TypedDict):
     loss: float
@@ -95,7 +98,10 @@ class Engine:
     def bytes(self) -> int: ...
     @property
     def peak_bytes(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
     def reset_peak(self) -> None: ...
+    def fetch(self, array: Any, /) -> npt.NDArray[Any]: ...
 
 @final
 class Model:
@@ -117,6 +123,7 @@ class Model:
         reserve: int = 0,
         weight: int = 0,
         sink: int = 0,
+        l2: _Place = "auto",
     ) -> _Plan: ...
     @property
     def config(self) -> dict[str, Any]: ...
@@ -143,6 +150,7 @@ class Builder:
         reserve: int = 0,
         weight: int = 0,
         sink: int = 0,
+        l2: _Place = "auto",
         base: Cache | None = None,
         keep: int | None = None,
         losses: bool = False,
@@ -279,11 +287,13 @@ class Tensor:
     def dtype(self) -> Literal["f32", "bf16"]: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def device(self) -> str: ...
     def numpy(self) -> npt.NDArray[np.float32]: ...
     def __dlpack__(
         self,
         *,
-        stream: None = None,
+        stream: int | None = None,
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,

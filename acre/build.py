@@ -141,6 +141,7 @@ def build_options(
     carry: int,
     eta: int,
     reserve: int | None,
+    l2: str = "auto",
 ) -> dict[str, Any]:
     """The options as the core takes them; ValueError or TypeError naming one."""
     if isinstance(interval, str) and interval != "auto":
@@ -153,6 +154,7 @@ def build_options(
         "carry": integer("carry", carry, 0),
         "eta": integer("eta", eta, 0),
         "reserve": 0 if reserve is None else integer("reserve", reserve, 1),
+        "l2": l2,
     }
 
 
@@ -196,7 +198,9 @@ def read(
     if text is not None:
         own, offsets = _encode_text(model, text)
     else:
-        own = check_ids("ids", text_or_ids, model.config["vocab_size"])
+        own = check_ids(
+            "ids", text_or_ids, model.config["vocab_size"], model.core.engine
+        )
     prefix = _prefix(chosen)
     ids = np.concatenate([prefix, own])
     model.core.plan(len(ids), **options)  # refuses before any work

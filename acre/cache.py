@@ -97,6 +97,7 @@ class Cache:
         reserve: int | None = None,
         weight: int | None = None,
         sink: bool | None = None,
+        l2: str = "auto",
         frame: Frame | bool | None = None,
     ) -> Cache:
         """As `Model.build`, which documents the arguments."""
@@ -105,6 +106,7 @@ class Cache:
         options = build_options(
             proxy, interval, first if window is None else window,
             later if stride is None else stride, carry, eta, reserve,
+            l2,
         )  # fmt: skip
         options |= pooling_options(model, proxy, weight, sink)
         return cls(model, *read(model, text_or_ids, options, progress, frame))
@@ -128,8 +130,9 @@ class Cache:
 
     @property
     def plan(self) -> dict[str, int]:
-        """What the text became: n, interval, window, stride, carry, m, recent,
-        bytes."""
+        """What the text became: n, interval, window, stride, carry, m, recent, bytes;
+        l2: where the L2 cache lies, host_bytes: how much of it in host memory beside
+        the device."""
         return self._state.core.plan
 
     @property
@@ -189,6 +192,7 @@ class Cache:
             l1_bytes=plan["l1_bytes"],
             l2_bytes=plan["l2_bytes"],
             recent_bytes=plan["recent_bytes"],
+            l2=plan["l2"],
         )
 
     # ---------------------------------------------------------------------------- views

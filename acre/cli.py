@@ -45,9 +45,10 @@ def say(*words: Any) -> None:
 def build_line(stats: Stats, plan: dict[str, int], proxy: str) -> str:
     """What reading the text came to."""
     size = stats.l1_bytes + stats.l2_bytes + stats.recent_bytes
+    aside = f", {bytes_text(stats.l2_bytes)} of it on the host"
     shape = (
         f"l={plan['interval']}, m={plan['m']} L1 entries, {plan['recent']} recent, "
-        f"proxy {proxy}, {bytes_text(size)}"
+        f"proxy {proxy}, {bytes_text(size)}{aside if stats.l2 == 'host' else ''}"
     )
     if not stats.tokens_built:
         return f"{plan['n']} tokens loaded, none built: {shape}"
@@ -142,6 +143,7 @@ def open_model(arguments: argparse.Namespace, device: str = "cpu") -> Model:
         device=device,
         threads=arguments.threads,
         weights=arguments.weights,
+        device=arguments.device,
     )
 
 
@@ -179,6 +181,7 @@ def build_cache(arguments: argparse.Namespace, model: Model, text: str) -> Cache
         carry=arguments.carry,
         proxy=arguments.proxy,
         eta=arguments.eta,
+        l2=arguments.l2,
     )
     say(build_line(cache.stats, cache.plan, cache.proxy))
     return cache
@@ -319,6 +322,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--weights", default="same", choices=("same", "q8"), help="q8: 8 bits each"
     )
     group.add_argument("--threads", type=int, default=0, help="0 = usable cores")
+    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +337,10 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
         help="auto: trained where there are L1 parameters",
     )  # fmt: skip
     group.add_argument("--eta", type=int, default=4096, help="refill budget in tokens")
+    group.add_argument(
+        "--l2", default="auto", choices=("auto", "device", "host"),
+        help="where the L2 cache lies, on a GPU; auto: there where it fits",
+    )  # fmt: skip
 
 
 def _passages_option(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Fetch = Callable[[Any], Any]  # of a GPU's array, one that NumPy takes
 
 SAMPLE_BLOCKS, SAMPLE_ELEMENTS = 16, 2048
 
@@ -32,7 +34,7 @@ class Prints:
     norms: str
 
 
-def _elements(array: Any, start: int, stop: int) -> np.ndarray:
+def _elements(array: Any, start: int, stop: int, fetch: Fetch) -> np.ndarray:
     """Elements [start, stop) of a tensor in row-major order, as NumPy, without a copy
     of the whole. bf16 tensors that NumPy cannot hold are widened (exactly) to
     float32."""
@@ -44,10 +46,16 @@ def _elements(array: Any, start: int, stop: int) -> np.ndarray:
     try:
         return np.from_dlpack(part)
     except (BufferError, RuntimeError, TypeError, ValueError):
-        return np.asarray(part.float() if hasattr(part, "float") else part)
+        kept = str(part.dtype).removeprefix("torch.") in (
+            "float16",
+            "float32",
+            "float64",
+        )
+        wide = not kept and hasattr(part, "float")
+        return np.asarray(fetch(part.float() if wide else part))
 
 
-def _tensor_digest(name: str, array: Any, dtype: str | None) -> bytes:
+def _tensor_digest(name: str, array: Any, dtype: str | None, fetch: Fetch) -> bytes:
     """sha256 over name, shape, dtype and evenly spaced blocks of the elements."""
     shape = tuple(int(size) for size in array.shape)
     count = int(np.prod(shape, dtype=np.int64))
@@ -62,7 +70,9 @@ def _tensor_digest(name: str, array: Any, dtype: str | None) -> bytes:
         size = SAMPLE_ELEMENTS
         starts = np.linspace(0, count - size, SAMPLE_BLOCKS).astype(np.int64).tolist()
     for start in starts:
-        digest.update(np.ascontiguousarray(_elements(array, start, start + size)))
+        digest.update(
+            np.ascontiguousarray(_elements(array, start, start + size, fetch))
+        )
     return digest.digest()
 
 
@@ -76,18 +86,19 @@ def widened(array: Any, kind: str) -> np.ndarray:
 class Fingerprints:
     """Digests of the base tensors and of the L1 (acre_*) ones, whatever their order."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], fetch: Fetch = np.asarray) -> None:
         chosen = ("dtype", "w_max", "weights")
         facts = {k: v for k, v in config.items() if k not in chosen}
         self._config = json.dumps(facts, sort_keys=True, default=str).encode()
+        self._fetch = fetch
         self._digests: dict[str, bytes] = {}
         self._norms: dict[str, bytes] = {}
 
     def add(self, name: str, array: Any, dtype: str | None) -> None:
         """Enters one tensor; a later one of the same name replaces it."""
-        self._digests[name] = _tensor_digest(name, array, dtype)
+        self._digests[name] = _tensor_digest(name, array, dtype, self._fetch)
         if name.endswith("norm.weight"):
-            gains = _elements(array, 0, int(np.prod(array.shape)))
+            gains = _elements(array, 0, int(np.prod(array.shape)), self._fetch)
             values = widened(gains, dtype or "f32")
             self._norms[name] = hashlib.sha256(values.tobytes()).digest()
 

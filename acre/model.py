@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Ids = Sequence[int] | np.ndarray
 Tensors = Iterable[tuple[str, Any, str | None]]
 
+CPU = 1  # as DLPack counts devices
 WINDOWS = (4096, 2048)  # tokens of the first window and of later ones
 DTYPES = {
     "bf16": "bf16",
@@ -78,13 +79,24 @@ def _engine(device: str, threads: int) -> _core.Engine:
     )
 
 
-def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
-    """Token ids as int32 [n], n >= 1, each in [0, vocab_size).
+def on_host(array: Any, engine: _core.Engine) -> Any:
+    """An array of the engine's GPU (DLPack) as NumPy's; anything else as it is."""
+    device = getattr(array, "__dlpack_device__", None)
+    if device is None or isinstance(array, np.ndarray) or int(device()[0]) == CPU:
+        return array
+    return engine.fetch(array)
+
+
+def check_ids(
+    name: str, ids: Any, vocab_size: int, engine: _core.Engine | None = None
+) -> np.ndarray:
+    """Token ids as int32 [n], n >= 1, each in [0, vocab_size). With an engine they may
+    lie on its GPU.
 
     TypeError for what are no integers, ValueError for other shapes, an empty sequence
     or ids outside the vocabulary (the first is named with its position).
     """
-    array = np.asarray(ids)
+    array = np.asarray(ids if engine is None else on_host(ids, engine))
     if array.size == 0:
         raise ValueError(f"{name}: got no tokens")
     if array.dtype.kind not in "iu":
@@ -216,8 +228,10 @@ class Model:
     ) -> Model:
         """A model from tensors in memory.
 
-        config: the content of a Hugging Face config.json. arrays: NumPy arrays or
-        DLPack producers on the CPU by Hugging Face name; uint16 arrays are bf16 bits.
+        config: the content of a Hugging Face config.json. arrays: by Hugging Face name,
+        NumPy arrays or DLPack producers on the CPU or on the GPU that is the device
+        (tensors of torch or CuPy; they are converted there, and only samples for
+        fingerprints go by the host); uint16 arrays are bf16 bits.
         tokenizer: an acre.Tokenizer, what `Tokenizer.wrap` takes, or a directory with
         tokenizer.json. weights and errors as `from_pretrained`; ValueError names the
         tensor that is missing, unknown, of another shape or not finite.
@@ -255,7 +269,8 @@ class Model:
         settings = dict(config)
         if w_max is not None:
             settings["w_max"] = integer("w_max", w_max, 1)
-        core, entered = _core.Model(engine, settings), Fingerprints(config)
+        core = _core.Model(engine, settings)
+        entered = Fingerprints(config, lambda part: on_host(part, engine))
         for tensor, array, kind in tensors:
             core.bind(tensor, array, kind)
             entered.add(tensor, array, kind)
@@ -318,7 +333,7 @@ class Model:
         """A prompt as int32 ids [t]: strings encoded, ids checked. `name` is for
         errors."""
         if not isinstance(prompt, str):
-            return check_ids(name, prompt, self.config["vocab_size"])
+            return check_ids(name, prompt, self.config["vocab_size"], self.core.engine)
         if self.tokenizer is None:
             raise ValueError(f"{name}: got a string, but the model has no tokenizer")
         ids = self.tokenizer.encode(check_text(name, prompt), special=special)
@@ -331,7 +346,7 @@ class Model:
 
         TooLongError when n exceeds w_max.
         """
-        checked = check_ids("ids", ids, self.config["vocab_size"])
+        checked = check_ids("ids", ids, self.config["vocab_size"], self.core.engine)
         session = _core.Session(self.core, None, capacity=len(checked))
         return session.prefill(checked, logits=True)
 
@@ -416,6 +431,7 @@ class Model:
         reserve: int | None = None,
         weight: int | None = None,
         sink: bool | None = None,
+        l2: str = "auto",
         frame: Frame | bool | None = None,
     ) -> Cache:
         """Reads a text once into a frozen bi-layer cache that answers many questions.
@@ -428,7 +444,11 @@ class Model:
         eta, reserve: room planned for refilling, and for question and answer (None =
         the smaller of 4096 and w_max/8). weight: tokens that a pooled entry counts for
         in attention, sink: the first pooled entry is the first token alone; None = the
-        model's `pooling` (interval and False unless measured better). frame: None =
+        model's `pooling` (interval and False unless measured better). l2: where the L2
+        cache lies, on a GPU: "device"; "host", pinned memory, of which questions fetch
+        the refilled groups alone; "auto", the device where the build, and then the
+        cache with a question, fit what it has free. Extending keeps it. On the CPU all
+        are one memory, called "device". frame: None =
         the tokenizer's chat frame for a text and none for ids; False = none; or a
         `Frame`. progress: a tqdm bar (silent off a terminal), or a callable (tokens
         done, tokens in all). Ctrl-C takes effect between windows and leaves nothing
@@ -440,7 +460,7 @@ class Model:
         return Cache.build(
             self, text_or_ids, interval=interval, window=window, stride=stride,
             carry=carry, proxy=proxy, progress=progress, eta=eta, reserve=reserve,
-            weight=weight, sink=sink, frame=frame,
+            weight=weight, sink=sink, l2=l2, frame=frame,
         )  # fmt: skip
 
 

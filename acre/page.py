@@ -286,7 +286,7 @@ def figures(answer: Answer) -> list[tuple[str, str]]:
         refilled += f", {stats.groups_refilled:,} groups in each layer"
     kept = (
         ("L1", stats.l1_bytes),
-        ("L2", stats.l2_bytes),
+        ("L2 on the host" if stats.l2 == "host" else "L2", stats.l2_bytes),
         ("recent", stats.recent_bytes),
     )
     return [

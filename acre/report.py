@@ -55,6 +55,8 @@ class Stats:
     groups_refilled: groups spliced in; with per_layer selection, in each layer.
     peak_bytes: most that the engine held at once since the last build began.
     l1_bytes, l2_bytes, recent_bytes: of the frozen cache.
+    l2: where its L2 entries lie: "device", or on the "host" beside it; splicing them
+    then goes on while the question is read, behind what refill_ms counts.
     """
 
     tokens_built: int = 0
@@ -73,6 +75,7 @@ class Stats:
     l1_bytes: int = 0
     l2_bytes: int = 0
     recent_bytes: int = 0
+    l2: str = "device"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

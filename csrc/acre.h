@@ -80,6 +80,8 @@ typedef struct acre_array {
   int32_t ndim;
   int64_t shape[ACRE_MAX_DIMS];
   int64_t strides[ACRE_MAX_DIMS];
+  bool
+      on_device; /* where the engine's device lies apart: there, and the host cannot read it */
 } acre_array;
 
 /* Reference-counted bytes. Views handed out by the library name the buffer that keeps
@@ -124,6 +126,18 @@ ACRE_API const char *acre_engine_isa(const acre_engine *engine); /* e.g. "avx2" 
 ACRE_API size_t acre_engine_bytes(const acre_engine *engine);
 ACRE_API size_t acre_engine_peak_bytes(const acre_engine *engine);
 ACRE_API void acre_engine_reset_peak(acre_engine *engine);
+/* Bytes of pinned host memory now held for a device that lies apart from the host; else 0. */
+ACRE_API size_t acre_engine_host_bytes(const acre_engine *engine);
+/* The device's handle of the stream, a cudaStream_t, on which the engine reads arrays of others
+ * that are on_device: what makes them goes before it. NULL where there is none. */
+ACRE_API void *acre_engine_stream(const acre_engine *engine);
+/* Bytes of an array that is on_device, copied to the host. */
+ACRE_API acre_status acre_engine_fetch(acre_engine *engine, void *host, const void *device,
+                                       size_t bytes, acre_error *error);
+/* A copy of dense rows: of an array that is on_device on the same device, or on the host.
+ * view->data becomes the copy, which *owner holds: the caller's reference. */
+ACRE_API acre_status acre_engine_copy(acre_engine *engine, acre_array *view, bool to_host,
+                                      acre_buffer **owner, acre_error *error);
 
 /* ------------------------------------------------------------------ model */
 
@@ -179,7 +193,7 @@ typedef struct acre_model_config {
 ACRE_API acre_model_config acre_model_config_default(void);
 ACRE_API acre_status acre_model_create(acre_model **out, acre_engine *engine,
                                        const acre_model_config *config, acre_error *error);
-/* Copies (packs) one tensor by its Hugging Face name, e.g.
+/* Copies (packs) one tensor, of the host or on_device, by its Hugging Face name, e.g.
  * "model.layers.0.self_attn.q_proj.weight" [h*d, hidden] or
  * "model.acre_embed_tokens.weight" [1, hidden]. Any float dtype and strides. NaN or
  * infinity is refused. Unknown names: ACRE_BAD_VALUE. Binding a name twice replaces it. */
@@ -198,6 +212,15 @@ ACRE_API bool acre_model_has_l1(const acre_model *model); /* acre_* tensors were
 
 typedef enum acre_proxy { ACRE_PROXY_POOLED = 0, ACRE_PROXY_TRAINED } acre_proxy;
 
+/* Where the L2 cache lies. Auto: on the device where the build, and then the cache with a
+ * question, fit what the device has free; else on the host. On the CPU all are one memory, the
+ * device's. */
+typedef enum acre_place {
+  ACRE_PLACE_AUTO = 0,
+  ACRE_PLACE_DEVICE,
+  ACRE_PLACE_HOST
+} acre_place;
+
 typedef struct acre_build_options {
   size_t struct_size;
   acre_proxy proxy;
@@ -209,6 +232,7 @@ typedef struct acre_build_options {
   int64_t reserve;  /* positions kept for question and answer; 0 = min(4096, w_max/8) */
   int64_t weight;   /* tokens that a pooled entry counts for in attention; 0 = interval */
   int64_t sink;     /* 1: pooled entry 0 is the first token, its attention sink; or 0 */
+  acre_place l2;    /* default auto */
 } acre_build_options;
 
 ACRE_API acre_build_options acre_build_options_default(void);
@@ -220,8 +244,11 @@ typedef struct acre_plan {
   int64_t m;         /* L1 entries */
   int64_t recent;    /* r: resident entries after the last L1 entry, L1 tokens included */
   int64_t l2_tokens; /* L2 entries of full windows */
+  acre_place l2;     /* device or host; a stored cache's lies in its file, on the host */
   size_t l1_bytes, l2_bytes, recent_bytes; /* of the frozen cache */
-  size_t peak_bytes; /* most that the build holds at once, the frozen cache included */
+  size_t
+      peak_bytes; /* most that the build holds at once on the device, the cache included */
+  size_t host_bytes; /* of them not on the device but in host memory: l2_bytes, or 0 */
 } acre_plan;
 
 /* Resolves the options for n tokens or refuses (ACRE_TOO_LONG, the message naming the
@@ -285,6 +312,12 @@ typedef enum acre_part {
 ACRE_API acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
                                      int64_t page, acre_array *view, int64_t *first,
                                      acre_buffer **owner, acre_error *error);
+/* The same where it lies, without a copy: view->on_device says where. Nothing writes it, so
+ * any stream may read it at once. */
+ACRE_API acre_status acre_cache_view_in_place(const acre_cache *cache, acre_part part,
+                                              int64_t layer, int64_t page, acre_array *view,
+                                              int64_t *first, acre_buffer **owner,
+                                              acre_error *error);
 ACRE_API int64_t acre_cache_pages(const acre_cache *cache);
 
 /* What a stored cache consists of: whole tensors, one block per part, in the model's dtype,

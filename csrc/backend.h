@@ -63,19 +63,39 @@ typedef struct acre_backend_ops {
   acre_status (*alloc)(acre_backend *, acre_buffer **out, size_t bytes, acre_error *);
   /* Bytes that alloc can still give, as far as the device tells; 0: it does not tell. */
   size_t (*available)(acre_backend *);
+  /* Host memory that operations read and write as their own: pinned where the device lies
+   * apart, and then on the account of the host. Not zeroed. Whoever releases it has waited
+   * for the operations that use it. */
+  acre_status (*alloc_host)(acre_backend *, acre_buffer **out, size_t bytes, acre_error *);
   void (*destroy)(acre_backend *);
 
   acre_status (*queue_open)(acre_backend *, acre_queue **out, acre_error *);
-  void (*queue_close)(acre_queue *);
+  /* A queue with little scratch, for what moves entries: upload, download, copy_rows, rotate. */
+  acre_status (*mover_open)(acre_backend *, acre_queue **out, acre_error *);
+  void (*queue_close)(acre_queue *);               /* waits */
   acre_status (*sync)(acre_queue *, acre_error *); /* waits; reports the first failure */
+  /* What is enqueued on `later` from now on runs after all that lies on `earlier` by now; a
+   * failure of `earlier` is one of `later`, too. Both belong to the caller. */
+  void (*follow)(acre_queue *later, acre_queue *earlier);
 
   void (*upload)(acre_queue *, void *dst, const void *host, size_t bytes);
   void (*download)(acre_queue *, void *host, const void *src, size_t bytes); /* waits */
 
+  /* ---- what others have on this device. They make it on their streams, which wait for
+   * nobody here: `stream` is the handle of the one on which fetch and store_array read it, so
+   * that they can have theirs go before it. On the CPU there is none: NULL. Both wait. */
+  void *(*stream)(acre_backend *);
+  acre_status (*fetch)(acre_backend *, void *host, const void *src, size_t bytes,
+                       acre_error *);
+  /* dst [rows, columns] of F32 or BF16, dense, from an array on the device of one dimension or
+   * two, any strides and dtype; *finite as in matrix_fill. */
+  void (*store_array)(acre_backend *, void *dst, acre_dtype dtype, const acre_array *array,
+                      bool *finite);
+
   /* ---- weights. A matrix starts zeroed; fill converts and packs rows [row, row + count)
    * of N from a host array [count, K]. *finite = false where a NaN or infinity came (in T:
    * a float32 above the bf16 range rounds to infinity and counts). Rows already filled are
-   * overwritten. */
+   * overwritten. The array may be on_device. */
   acre_status (*matrix_create)(acre_backend *, acre_matrix **out, int64_t N, int64_t K,
                                acre_dtype dtype, acre_weights weights, acre_error *);
   void (*matrix_release)(acre_matrix *);
@@ -141,7 +161,8 @@ typedef struct acre_backend_ops {
                  const float *sin, int64_t position, int64_t rows, const acre_heads *);
 
   /* Copies spans of rows of row_bytes bytes. Destination rows are distinct, and no source
-   * overlaps a destination. Sources may be host or device memory or a mapped file. */
+   * overlaps a destination. Sources may be host or device memory or a mapped file; what
+   * neither alloc nor alloc_host gave is read before the call returns. */
   void (*copy_rows)(acre_queue *, void *dst, const acre_span *spans, int64_t count,
                     size_t row_bytes);
 
@@ -266,9 +287,11 @@ struct acre_backend {
   const acre_backend_ops *ops;
   const char *isa; /* what the tables were filled with, for people */
   int32_t threads;
-  int64_t rows_max;     /* rows per forward pass that keep the device busy */
-  bool apart;           /* buffers lie where the host cannot read them */
-  acre_account account; /* bytes held and their peak */
+  int64_t rows_max;                /* rows per forward pass that keep the device busy */
+  bool apart;                      /* buffers lie where the host cannot read them */
+  size_t queue_bytes, mover_bytes; /* of device memory that a queue, a mover takes */
+  acre_account account;            /* bytes held and their peak */
+  acre_account host;               /* of alloc_host, where those are not on the other */
 };
 
 acre_status acre_cpu_backend_open(acre_backend **out, int32_t threads, const char *isa,

@@ -6,6 +6,9 @@
  * L1 entries move up behind the earlier ones, and the rest of the timeline is free again.
  * Working memory is therefore one window, however long the text.
  *
+ * Where L2 lies on the host, a closed window's entries are gathered in one page on the device,
+ * the outbox, and a second queue copies it to pinned memory while the next window is read.
+ *
  *   resident.count == plan.m (so far) + middle + entries of the open window
  */
 #include "cache.h"
@@ -31,6 +34,8 @@ struct acre_builder {
   acre_span *spans;     /* enough for any one move */
   const void **pool;    /* [groups of a window * l] row pointers; pooled proxies only */
   acre_buffer *staging; /* [groups of a window] rows; trained proxies only */
+  acre_queue *beside;   /* takes pages to the host; NULL: L2 stays on the device */
+  acre_buffer *outbox;  /* the page on its way there, on the device */
   acre_loss loss;       /* open where losses are kept */
   float *losses;        /* [n], NULL: not kept */
   float *row_loss;      /* [ws.rows] */
@@ -102,25 +107,55 @@ static int64_t window_spans(acre_builder *b, const char *base, bool l1) {
   return count;
 }
 
-/* Moves the window's L2 entries into a page of their own. */
-static acre_status move_l2(acre_builder *b, acre_error *error) {
-  const acre_backend_ops *ops = b->model->backend->ops;
-  int64_t tokens = b->read - b->window_start, layers = b->resident.layers;
-  size_t row = b->resident.row_bytes, half = (size_t)(layers * tokens) * row;
+/* A page for the window's L2 entries, of which its keys take `half` bytes; *to is where they are
+ * gathered: there, or in the outbox, once the page before has left it. Memory of the host is
+ * allocated, which takes a while, when the window is under way on the device. */
+static acre_status open_page(acre_builder *b, char **to, size_t half, int64_t tokens,
+                             acre_error *error) {
+  acre_backend *backend = b->model->backend;
+  const acre_backend_ops *ops = backend->ops;
+  bool host = b->beside != NULL;
   acre_buffer *page;
-  ACRE_TRY(ops->alloc(b->model->backend, &page, 2 * half, error));
-  acre_status status = acre_l2_add(&b->cache->l2, page, 0, page, half, tokens, error);
+  ACRE_TRY((host ? ops->alloc_host : ops->alloc)(backend, &page, 2 * half, error));
+  acre_status status = acre_l2_add(&b->cache->l2, page, 0, page, half, tokens, host, error);
   if (status != ACRE_OK) {
     acre_buffer_release(page);
     return status;
   }
   acre_buffer_retain(page); /* one for the keys, one for the values */
+  *to = acre_buffer_data(host ? b->outbox : page);
+  if (!host) return ACRE_OK;
+  ops->follow(b->ws.queue, b->beside);
+  acre_l2_last_at(&b->cache->l2, *to, *to + half);
+  return ACRE_OK;
+}
+
+/* Sends the page in the outbox to its own memory. */
+static void send_page(acre_builder *b) {
+  if (!b->beside) return;
+  const acre_backend_ops *ops = b->model->backend->ops;
+  const acre_l2_page *page = &b->cache->l2.pages[b->cache->l2.count - 1];
+  int64_t rows = b->resident.layers * page->tokens;
+  size_t row = b->resident.row_bytes;
+  char *own = acre_buffer_data(page->key_owner);
+  acre_span all = {acre_buffer_data(b->outbox), 0, 2 * rows};
+  ops->follow(b->beside, b->ws.queue);
+  ops->copy_rows(b->beside, own, &all, 1, row);
+  acre_l2_last_at(&b->cache->l2, own, own + (size_t)rows * row);
+}
+
+/* Moves the window's L2 entries into a page of their own. */
+static acre_status move_l2(acre_builder *b, acre_error *error) {
+  const acre_backend_ops *ops = b->model->backend->ops;
+  int64_t tokens = b->read - b->window_start, layers = b->resident.layers;
+  size_t row = b->resident.row_bytes, half = (size_t)(layers * tokens) * row;
+  char *page;
+  ACRE_TRY(open_page(b, &page, half, tokens, error));
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int which = 0; which < 2; ++which) {
       const char *base =
           acre_timeline_at(&b->resident, which ? ACRE_VALUES : ACRE_RAW, layer, 0);
-      char *to = (char *)acre_buffer_data(page) + (which ? half : 0) +
-                 (size_t)(layer * tokens) * row;
+      char *to = page + (which ? half : 0) + (size_t)(layer * tokens) * row;
       ops->copy_rows(b->ws.queue, to, b->spans, window_spans(b, base, false), row);
     }
   }
@@ -178,6 +213,7 @@ static acre_status close_window(acre_builder *b, acre_error *error) {
   b->window_start = b->read;
   acre_cache_fill_bias(b->model, b->ws.queue, &b->resident, b->m, &b->cache->plan);
   set_middle(b, acre_min(b->cache->plan.carry, b->cache->l2.tokens));
+  send_page(b); /* all above reads it where it was gathered */
   return ops->sync(b->ws.queue, error);
 }
 
@@ -311,22 +347,32 @@ static acre_status freeze(acre_builder *b, acre_cache **out, acre_error *error) 
                      b->spent ? ", and already frozen" : "");
   }
   acre_cache *cache = b->cache;
+  const acre_backend_ops *ops = b->model->backend->ops;
   acre_timeline frozen;
-  ACRE_TRY(acre_timeline_open(&frozen, b->model, b->m + cache->plan.recent, true,
-                              acre_plan_biased(&cache->plan), error));
-  b->spent = true;
+  ACRE_TRY(acre_timeline_begin(&frozen, b->model, b->m + cache->plan.recent,
+                               acre_plan_biased(&cache->plan), error));
+  if (b->beside) ops->follow(b->ws.queue, b->beside);
   acre_status status = ACRE_OK;
   for (int64_t layer = 0; status == ACRE_OK && layer < frozen.layers; ++layer) {
+    status = acre_timeline_open_layer(&frozen, b->model, layer, true, error);
+    if (status != ACRE_OK) break;
+    b->spent = true;
     freeze_layer(b, &frozen, layer);
-    status = b->model->backend->ops->sync(b->ws.queue, error);
+    status = ops->sync(b->ws.queue, error);
     for (int which = 0; which < 3; ++which) { /* so that both never exist in full */
       acre_buffer **buffer = &b->resident.buffers[which * frozen.layers + layer];
       acre_buffer_release(*buffer);
       *buffer = NULL;
     }
   }
-  acre_cache_fill_bias(b->model, b->ws.queue, &frozen, b->m, &cache->plan);
-  if (status == ACRE_OK) status = b->model->backend->ops->sync(b->ws.queue, error);
+  if (status == ACRE_OK) {
+    acre_cache_fill_bias(b->model, b->ws.queue, &frozen, b->m, &cache->plan);
+    status = ops->sync(b->ws.queue, error);
+  }
+  if (!b->spent) { /* there was no memory for the first layer: it may be tried again */
+    acre_timeline_close(&frozen);
+    return status;
+  }
   frozen.count = frozen.capacity;
   cache->resident = frozen;
   if (status != ACRE_OK) return status;
@@ -355,24 +401,46 @@ static acre_status check_ids(const acre_model *model, const int32_t *ids, int64_
   return ACRE_OK;
 }
 
-static acre_status check_memory(const acre_plan *plan, acre_backend *backend,
-                                acre_error *error) {
+/* Pages that the text before has are shared with it: they are not needed again. */
+static acre_status check_memory(acre_backend *backend, const acre_plan *plan,
+                                const acre_cache *from, acre_error *error) {
+  bool host = plan->l2 == ACRE_PLACE_HOST;
+  size_t shared = from ? from->plan.l2_bytes : 0, l2 = plan->l2_bytes - shared;
+  size_t needed = plan->peak_bytes - (host ? 0 : shared);
   size_t available = backend->ops->available(backend);
-  if (!available || plan->peak_bytes <= available) return ACRE_OK;
+  if (available && needed > available) {
+    return acre_fail(
+        error, ACRE_NO_MEMORY,
+        "build: %lld tokens need %zu bytes of %s memory (%zu of them L2), %zu "
+        "are available%s",
+        (long long)plan->n, needed, backend->apart ? "device" : "host", host ? 0 : l2,
+        available, backend->apart && !host ? "; l2=\"host\" puts L2 into host memory" : "");
+  }
+  available = host ? acre_memory_available() : 0;
+  if (!available || l2 <= available) return ACRE_OK;
   return acre_fail(error, ACRE_NO_MEMORY,
-                   "build: %lld tokens need %zu bytes (%zu of them L2), %zu are available",
-                   (long long)plan->n, plan->peak_bytes, plan->l2_bytes, available);
+                   "build: %lld tokens need %zu bytes of host memory for L2, %zu are "
+                   "available",
+                   (long long)plan->n, l2, available);
+}
+
+static acre_status open_outbox(acre_builder *b, acre_error *error) {
+  acre_backend *backend = b->model->backend;
+  size_t bytes = acre_plan_page_bytes(&b->cache->plan, b->model);
+  ACRE_TRY(backend->ops->alloc(backend, &b->outbox, bytes, error));
+  return backend->ops->mover_open(backend, &b->beside, error);
 }
 
 static acre_status open_scratch(acre_builder *b, acre_error *error) {
   const acre_plan *plan = &b->cache->plan;
   acre_proxy proxy = b->cache->proxy;
   int64_t longest = acre_nested_longest(&b->nested, plan->n);
-  int64_t groups = longest / plan->interval + 2;
+  int64_t groups = acre_plan_groups(plan, proxy);
   ACRE_TRY(
       acre_workspace_open(&b->ws, b->model, acre_plan_rows(plan, proxy, b->model), error));
   ACRE_TRY(acre_timeline_open(&b->resident, b->model, acre_plan_capacity(plan, proxy), true,
                               acre_plan_biased(plan), error));
+  if (plan->l2 == ACRE_PLACE_HOST) ACRE_TRY(open_outbox(b, error));
   if (b->nested.l1_tokens) {
     ACRE_TRY(b->model->backend->ops->alloc(b->model->backend, &b->staging,
                                            (size_t)groups * b->resident.row_bytes, error));
@@ -422,7 +490,7 @@ static acre_status thaw(acre_builder *b, const acre_cache *from, int64_t keep,
 static acre_status open_builder(acre_builder *b, const acre_plan *plan, acre_proxy proxy,
                                 const acre_cache *from, int64_t keep, const int32_t *ids,
                                 acre_error *error) {
-  ACRE_TRY(check_memory(plan, b->model->backend, error));
+  ACRE_TRY(check_memory(b->model->backend, plan, from, error));
   b->nested = acre_plan_nested(plan, proxy);
   b->tokens = plan->n;
   ACRE_TRY(acre_cache_new(&b->cache, b->model, plan, proxy, ids, error));
@@ -461,9 +529,9 @@ acre_status acre_builder_open(acre_builder **out, acre_model *model,
   if (from) {
     const acre_plan *p = &from->plan;
     ACRE_TRY(check_continuation(model, from, keep, given, error));
-    options =
-        (acre_build_options){sizeof options, from->proxy, p->interval, p->window, p->stride,
-                             p->carry,       p->eta,      p->reserve,  p->weight, p->sink};
+    options = (acre_build_options){sizeof options, from->proxy, p->interval, p->window,
+                                   p->stride,      p->carry,    p->eta,      p->reserve,
+                                   p->weight,      p->sink,     p->l2};
   }
   int64_t kept = from ? keep : 0;
   acre_plan plan;
@@ -491,9 +559,11 @@ acre_status acre_builder_open(acre_builder **out, acre_model *model,
 void acre_builder_release(acre_builder *b) {
   if (!b) return;
   if (b->model) {
-    acre_workspace_close(&b->ws, b->model);
+    acre_workspace_close(&b->ws, b->model); /* both wait: then nobody uses what goes */
+    b->model->backend->ops->queue_close(b->beside);
     acre_timeline_close(&b->resident);
     acre_buffer_release(b->staging);
+    acre_buffer_release(b->outbox);
     acre_loss_close(&b->loss);
     acre_cache_release(b->cache);
     acre_model_release(b->model);

@@ -74,32 +74,9 @@ static int64_t part_rows(const acre_plan *plan, int part) {
   return part <= ACRE_L2_VALUES ? plan->l2_tokens : plan->recent;
 }
 
-static void free_copy(void *context) { acre_free(context); }
-
-/* The view's rows from the device to memory of their own, which becomes the owner. */
-static acre_status bring_home(acre_array *view, acre_buffer **owner, acre_backend *backend,
-                              acre_error *error) {
-  size_t bytes = (size_t)(view->shape[0] * view->strides[0]) * acre_dtype_size(view->dtype);
-  void *copy = acre_alloc(bytes);
-  acre_queue *queue = NULL;
-  *owner = NULL;
-  if (!copy) return acre_fail(error, ACRE_NO_MEMORY, "view: out of memory");
-  acre_status status = backend->ops->queue_open(backend, &queue, error);
-  if (status == ACRE_OK) {
-    backend->ops->download(queue, copy, view->data, bytes);
-    status = backend->ops->sync(queue, error);
-    backend->ops->queue_close(queue);
-  }
-  if (status == ACRE_OK)
-    status = acre_buffer_wrap(owner, copy, bytes, free_copy, copy, error);
-  if (status != ACRE_OK) acre_free(copy);
-  view->data = copy;
-  return status;
-}
-
-acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
-                            int64_t page, acre_array *view, int64_t *first,
-                            acre_buffer **owner, acre_error *error) {
+acre_status acre_cache_view_in_place(const acre_cache *cache, acre_part part, int64_t layer,
+                                     int64_t page, acre_array *view, int64_t *first,
+                                     acre_buffer **owner, acre_error *error) {
   const acre_model_config *c = &cache->model->config;
   bool l2 = part == ACRE_L2_KEYS || part == ACRE_L2_VALUES;
   int64_t pages = l2 ? cache->l2.count : 1;
@@ -118,7 +95,8 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
   *view = (acre_array){.dtype = c->dtype,
                        .ndim = 3,
                        .shape = {part_rows(&cache->plan, part), c->kv_heads, c->head_dim},
-                       .strides = {width, c->head_dim, 1}};
+                       .strides = {width, c->head_dim, 1},
+                       .on_device = cache->model->backend->apart};
   *first = 0;
   if (l2) {
     const acre_l2_page *at = &cache->l2.pages[page];
@@ -126,6 +104,7 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
     view->data = acre_l2_at(&cache->l2, values ? ACRE_L2_VALUE : ACRE_L2_KEY, layer,
                             at->first, NULL);
     *first = at->first;
+    view->on_device &= !at->on_host;
     *owner = values ? at->value_owner : at->key_owner;
   } else {
     const acre_timeline *resident;
@@ -135,10 +114,19 @@ acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t lay
     view->data = acre_timeline_at(resident, which, layer, row);
     *owner = acre_timeline_buffer(resident, which, layer);
   }
-  if (cache->model->backend->apart)
-    return bring_home(view, owner, cache->model->backend, error);
   acre_buffer_retain(*owner);
   return ACRE_OK;
+}
+
+acre_status acre_cache_view(const acre_cache *cache, acre_part part, int64_t layer,
+                            int64_t page, acre_array *view, int64_t *first,
+                            acre_buffer **owner, acre_error *error) {
+  ACRE_TRY(acre_cache_view_in_place(cache, part, layer, page, view, first, owner, error));
+  if (!view->on_device) return ACRE_OK;
+  acre_buffer *there = *owner;
+  acre_status status = acre_engine_copy(cache->model->engine, view, true, owner, error);
+  acre_buffer_release(there);
+  return status;
 }
 
 /* ---------------------------------------------------------------- restoring */
@@ -174,7 +162,7 @@ static acre_status keep_blocks(acre_cache *cache, const acre_cache_parts *parts,
   if (cache->plan.l2_tokens == 0) return ACRE_OK;
   acre_buffer *keys = parts->blocks[ACRE_L2_KEYS], *values = parts->blocks[ACRE_L2_VALUES];
   ACRE_TRY(acre_l2_add(&cache->l2, keys, parts->offsets[ACRE_L2_KEYS], values,
-                       parts->offsets[ACRE_L2_VALUES], cache->plan.l2_tokens, error));
+                       parts->offsets[ACRE_L2_VALUES], cache->plan.l2_tokens, true, error));
   acre_buffer_retain(keys);
   acre_buffer_retain(values);
   return ACRE_OK;
@@ -189,7 +177,9 @@ acre_status acre_cache_restore(acre_cache **out, acre_model *model,
     return acre_fail(error, ACRE_BAD_VALUE, "interval: got %lld, expected >= 1",
                      (long long)parts->options.interval);
   }
-  ACRE_TRY(acre_plan_build(&plan, model, &parts->options, parts->n, error));
+  acre_build_options options = parts->options;
+  options.l2 = ACRE_PLACE_HOST; /* in a file, or wherever the caller's blocks are */
+  ACRE_TRY(acre_plan_build(&plan, model, &options, parts->n, error));
   for (int64_t i = 0; i < parts->n; ++i) {
     if (parts->ids[i] >= 0 && parts->ids[i] < model->config.vocab_size) continue;
     return acre_fail(error, ACRE_BAD_VALUE, "ids[%lld]: got %d, the vocabulary has %lld",
@@ -233,7 +223,7 @@ static acre_status fill_resident(acre_cache *cache, acre_error *error) {
   const acre_plan *plan = &cache->plan;
   int64_t entries = plan->m + plan->recent;
   acre_queue *queue;
-  ACRE_TRY(ops->queue_open(model->backend, &queue, error));
+  ACRE_TRY(ops->mover_open(model->backend, &queue, error));
   acre_status status = acre_timeline_open(&cache->resident, model, entries, true,
                                           acre_plan_biased(plan), error);
   if (status == ACRE_OK) {

@@ -63,6 +63,63 @@ size_t acre_engine_bytes(const acre_engine *engine) {
 size_t acre_engine_peak_bytes(const acre_engine *engine) {
   return acre_account_peak(&engine->backend->account);
 }
+size_t acre_engine_host_bytes(const acre_engine *engine) {
+  return acre_account_held(&engine->backend->host);
+}
+void *acre_engine_stream(const acre_engine *engine) {
+  return engine->backend->ops->stream(engine->backend);
+}
+acre_status acre_engine_fetch(acre_engine *engine, void *host, const void *device,
+                              size_t bytes, acre_error *error) {
+  return engine->backend->ops->fetch(engine->backend, host, device, bytes, error);
+}
+
+static void free_copy(void *context) { acre_free(context); }
+
+static acre_status copy_home(acre_backend *backend, const acre_array *view, size_t bytes,
+                             acre_buffer **owner, acre_error *error) {
+  void *copy = acre_alloc(acre_max(bytes, 1));
+  if (!copy) return acre_fail(error, ACRE_NO_MEMORY, "view: out of memory");
+  acre_status status = ACRE_OK;
+  if (view->on_device) {
+    status = backend->ops->fetch(backend, copy, view->data, bytes, error);
+  } else {
+    memcpy(copy, view->data, bytes);
+  }
+  if (status == ACRE_OK)
+    status = acre_buffer_wrap(owner, copy, bytes, free_copy, copy, error);
+  if (status != ACRE_OK) acre_free(copy);
+  return status;
+}
+
+static acre_status copy_there(acre_backend *backend, const acre_array *view, size_t bytes,
+                              acre_buffer **owner, acre_error *error) {
+  const acre_backend_ops *ops = backend->ops;
+  acre_queue *queue;
+  ACRE_TRY(ops->mover_open(backend, &queue, error));
+  acre_status status = ops->alloc(backend, owner, bytes, error);
+  if (status == ACRE_OK) {
+    acre_span all = {view->data, 0, 1};
+    ops->copy_rows(queue, acre_buffer_data(*owner), &all, 1, bytes);
+    status = ops->sync(queue, error);
+  }
+  ops->queue_close(queue);
+  if (status == ACRE_OK) return ACRE_OK;
+  acre_buffer_release(*owner);
+  *owner = NULL;
+  return status;
+}
+
+acre_status acre_engine_copy(acre_engine *engine, acre_array *view, bool to_host,
+                             acre_buffer **owner, acre_error *error) {
+  size_t bytes = (size_t)(view->shape[0] * view->strides[0]) * acre_dtype_size(view->dtype);
+  *owner = NULL;
+  ACRE_TRY((to_host ? copy_home : copy_there)(engine->backend, view, bytes, owner, error));
+  view->data = acre_buffer_data(*owner);
+  view->on_device = !to_host && engine->backend->apart;
+  return ACRE_OK;
+}
+
 void acre_engine_reset_peak(acre_engine *engine) {
   acre_account_reset_peak(&engine->backend->account);
 }

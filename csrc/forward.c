@@ -215,6 +215,7 @@ void acre_forward(const acre_model *model, acre_workspace *workspace,
     project(&f, layer);
     place(&f, i);
     if (pass->keys_only && i + 1 == pass->layers) break;
+    if (pass->arrival.arrive) pass->arrival.arrive(pass->arrival.context, i);
     attend(&f, i, layer);
     feed_forward(&f, layer);
   }

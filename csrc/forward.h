@@ -36,6 +36,13 @@ typedef struct acre_probe {
   void *context;
 } acre_probe;
 
+/* Called before a layer attends, once its rows' keys and values are enqueued: what else the
+ * layer sees may come in the queue's order until then. NULL function: it is all there. */
+typedef struct acre_arrival {
+  void (*arrive)(void *context, int64_t layer);
+  void *context;
+} acre_arrival;
+
 typedef struct acre_pass {
   const int32_t *ids;          /* host [rows] */
   int64_t rows;                /* 1 to the workspace's rows */
@@ -46,6 +53,7 @@ typedef struct acre_pass {
   bool split;                  /* decoding: a lone row may be summed in another order */
   bool keys_only;              /* stop after the last layer's keys, values and probe */
   acre_probe probe;
+  acre_arrival arrival;
   acre_tape *tape; /* nullable; whole, of `rows` rows, and own is its timeline, empty */
 } acre_pass;
 

@@ -45,7 +45,7 @@ acre_status acre_l2_share(acre_l2 *out, const acre_l2 *l2, acre_error *error) {
 
 acre_status acre_l2_add(acre_l2 *l2, acre_buffer *key_owner, size_t key_offset,
                         acre_buffer *value_owner, size_t value_offset, int64_t tokens,
-                        acre_error *error) {
+                        bool on_host, acre_error *error) {
   ACRE_TRY(reserve(l2, l2->count + 1, error));
   l2->pages[l2->count++] =
       (acre_l2_page){.key_owner = key_owner,
@@ -53,9 +53,16 @@ acre_status acre_l2_add(acre_l2 *l2, acre_buffer *key_owner, size_t key_offset,
                      .keys = (const char *)acre_buffer_data(key_owner) + key_offset,
                      .values = (const char *)acre_buffer_data(value_owner) + value_offset,
                      .first = l2->tokens,
-                     .tokens = tokens};
+                     .tokens = tokens,
+                     .on_host = on_host};
   l2->tokens += tokens;
   return ACRE_OK;
+}
+
+void acre_l2_last_at(acre_l2 *l2, const char *keys, const char *values) {
+  acre_l2_page *last = &l2->pages[l2->count - 1];
+  last->keys = keys;
+  last->values = values;
 }
 
 static const acre_l2_page *page_of(const acre_l2 *l2, int64_t token) {

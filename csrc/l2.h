@@ -2,7 +2,8 @@
  *
  * A page holds consecutive tokens of all layers and never changes once added, so stores
  * share pages by reference: a text that is read on shares those of the text before. A page
- * may be memory of the build or a mapped file; readers cannot tell.
+ * may be memory of the device, pinned memory of the host or a mapped file; operations cannot
+ * tell.
  *
  *   pages[p].first + pages[p].tokens == pages[p + 1].first,   pages[0].first == 0 */
 #ifndef ACRE_L2_H
@@ -14,6 +15,7 @@ typedef struct acre_l2_page {
   acre_buffer *key_owner, *value_owner;
   const char *keys, *values; /* [L, tokens, g, d] of T */
   int64_t first, tokens;
+  bool on_host; /* the host can read it, also where the device lies apart */
 } acre_l2_page;
 
 typedef struct acre_l2 {
@@ -32,7 +34,9 @@ acre_status acre_l2_share(acre_l2 *out, const acre_l2 *l2, acre_error *error);
 /* Takes over one reference to each owner on success. */
 acre_status acre_l2_add(acre_l2 *l2, acre_buffer *key_owner, size_t key_offset,
                         acre_buffer *value_owner, size_t value_offset, int64_t tokens,
-                        acre_error *error);
+                        bool on_host, acre_error *error);
+/* Where the last page is read from now on: its owners' memory may be filled later. */
+void acre_l2_last_at(acre_l2 *l2, const char *keys, const char *values);
 /* Keys or values of `token` in `layer`; *run (nullable) = tokens that lie behind it without
  * a gap, itself included. */
 const char *acre_l2_at(const acre_l2 *l2, int which, int64_t layer, int64_t token,

@@ -255,7 +255,7 @@ static acre_status fill_matrix(acre_model *model, const slot *s, const acre_arra
                                 model->config.dtype, model->config.weights, error));
   }
   ops->matrix_fill(*s->matrix, s->offset, array, finite);
-  return ACRE_OK;
+  return array->on_device ? ops->sync(model->queue, error) : ACRE_OK;
 }
 
 /* Vectors are kept in float32, tables in T. */
@@ -266,6 +266,12 @@ static acre_status fill_rows(acre_model *model, const slot *s, const acre_array 
   int64_t size = s->place == PLACE_TABLE ? rows * s->columns : s->vector_size;
   size_t unit = acre_dtype_size(dtype);
   ACRE_TRY(need_buffer(model, s->vector, (size_t)size * unit, error));
+  char *data = acre_buffer_data(*s->vector);
+  if (array->on_device && model->backend->apart) {
+    model->backend->ops->store_array(model->backend, data + (size_t)s->offset * unit, dtype,
+                                     array, finite);
+    return model->backend->ops->sync(model->queue, error);
+  }
   float *row = acre_alloc((size_t)s->columns * (sizeof *row + unit));
   if (!row) return acre_fail(error, ACRE_NO_MEMORY, "%s: out of memory", s->name);
   void *packed = row + s->columns;
@@ -273,8 +279,7 @@ static acre_status fill_rows(acre_model *model, const slot *s, const acre_array 
     acre_array_row(row, array, i);
     *finite &= acre_store_row(packed, dtype, row, s->columns);
     size_t at = (size_t)(s->offset + i * s->columns) * unit;
-    model->backend->ops->upload(model->queue, (char *)acre_buffer_data(*s->vector) + at,
-                                packed, (size_t)s->columns * unit);
+    model->backend->ops->upload(model->queue, data + at, packed, (size_t)s->columns * unit);
   }
   acre_free(row);
   return ACRE_OK;

@@ -29,6 +29,17 @@ int64_t acre_plan_rows(const acre_plan *plan, acre_proxy proxy, const acre_model
   return acre_min(model->backend->rows_max, acre_nested_longest(&nested, plan->n));
 }
 
+int64_t acre_plan_groups(const acre_plan *plan, acre_proxy proxy) {
+  acre_nested nested = acre_plan_nested(plan, proxy);
+  return acre_nested_longest(&nested, plan->n) / plan->interval + 2;
+}
+
+size_t acre_plan_page_bytes(const acre_plan *plan, const acre_model *model) {
+  int64_t tokens = plan->windows ? plan->window : 0;
+  if (plan->windows > 1) tokens = acre_max(tokens, plan->stride);
+  return acre_timeline_bytes(model, tokens, false);
+}
+
 /* Positions needed at interval l: while building, and for a question. */
 typedef struct need {
   int64_t build, ask;
@@ -103,7 +114,8 @@ static acre_status check_options(const acre_build_options *o, int64_t n, int64_t
                 {"eta", o->eta, 0, 1 << 26},
                 {"reserve", o->reserve, 0, w_max},
                 {"weight", o->weight, 0, o->proxy == ACRE_PROXY_POOLED ? 1 << 24 : 1},
-                {"sink", o->sink, 0, o->proxy == ACRE_PROXY_POOLED}};
+                {"sink", o->sink, 0, o->proxy == ACRE_PROXY_POOLED},
+                {"l2", (int64_t)o->l2, ACRE_PLACE_AUTO, ACRE_PLACE_HOST}};
   for (int i = 0; i < ACRE_COUNT(limits); ++i) {
     if (limits[i].value < limits[i].low || limits[i].value > limits[i].high) {
       return acre_fail(error, ACRE_BAD_VALUE, "%s: got %lld, expected %lld to %lld",
@@ -114,15 +126,57 @@ static acre_status check_options(const acre_build_options *o, int64_t n, int64_t
   return ACRE_OK;
 }
 
+/* ---------------------------------------------------------------- bytes, place of L2 */
+
 static void count_bytes(acre_plan *plan, acre_proxy proxy, const acre_model *model) {
+  const acre_backend *backend = model->backend;
   plan->l1_bytes = acre_timeline_bytes(model, plan->m, true);
   plan->recent_bytes = acre_timeline_bytes(model, plan->recent, true);
   plan->l2_bytes = acre_timeline_bytes(model, plan->l2_tokens, false);
+  bool host = plan->l2 == ACRE_PLACE_HOST;
+  int64_t capacity = acre_plan_capacity(plan, proxy);
+  size_t scratch = acre_workspace_bytes(model, acre_plan_rows(plan, proxy, model)) +
+                   backend->queue_bytes;
+  if (proxy == ACRE_PROXY_TRAINED)
+    scratch += (size_t)acre_plan_groups(plan, proxy) * acre_model_row_bytes(model);
+  if (plan->weight > 1) scratch += (size_t)(2 * capacity) * sizeof(float);
+  if (host) scratch += acre_plan_page_bytes(plan, model) + backend->mover_bytes;
   /* Freezing copies the resident timeline one layer at a time. */
-  plan->peak_bytes = acre_timeline_bytes(model, acre_plan_capacity(plan, proxy), true) +
-                     plan->l2_bytes +
-                     (plan->l1_bytes + plan->recent_bytes) / (size_t)model->config.layers +
-                     acre_workspace_bytes(model, acre_plan_rows(plan, proxy, model));
+  plan->peak_bytes =
+      acre_timeline_bytes(model, capacity, true) + (host ? 0 : plan->l2_bytes) +
+      (plan->l1_bytes + plan->recent_bytes) / (size_t)model->config.layers + scratch;
+  plan->host_bytes = host ? plan->l2_bytes : 0;
+}
+
+/* What a question takes beside the cache: the session's entries, those of the cache with the
+ * refilled groups among them, and scratch. */
+static size_t question_bytes(const acre_plan *plan, const acre_model *model) {
+  int64_t refill = acre_min(plan->eta, plan->m * plan->interval);
+  int64_t entries = plan->m + plan->recent + refill + 2 * plan->reserve;
+  int64_t rows = acre_min(model->backend->rows_max, plan->reserve);
+  return acre_timeline_bytes(model, entries, false) + acre_workspace_bytes(model, rows) +
+         model->backend->queue_bytes + model->backend->mover_bytes;
+}
+
+/* Auto: on the device where the build fits there, and afterwards the cache with a question,
+ * without which it would be of no use. A sixteenth stays free: a device hands memory out in
+ * pieces of some megabytes, of which none is ever full. */
+static bool fits_device(const acre_plan *plan, const acre_model *model) {
+  size_t available = model->backend->ops->available(model->backend);
+  size_t asked =
+      plan->l1_bytes + plan->l2_bytes + plan->recent_bytes + question_bytes(plan, model);
+  size_t need = plan->peak_bytes > asked ? plan->peak_bytes : asked;
+  return !available || need <= available - available / 16;
+}
+
+static void place_l2(acre_plan *plan, acre_place wanted, acre_proxy proxy,
+                     const acre_model *model) {
+  bool choice = model->backend->apart; /* else there is one memory */
+  plan->l2 = choice && wanted == ACRE_PLACE_HOST ? ACRE_PLACE_HOST : ACRE_PLACE_DEVICE;
+  count_bytes(plan, proxy, model);
+  if (!choice || wanted != ACRE_PLACE_AUTO || fits_device(plan, model)) return;
+  plan->l2 = ACRE_PLACE_HOST;
+  count_bytes(plan, proxy, model);
 }
 
 acre_status acre_plan_build(acre_plan *out, const acre_model *model,
@@ -150,7 +204,7 @@ acre_status acre_plan_build(acre_plan *out, const acre_model *model,
   if (!fit) return refuse_length(&plan, o.proxy, o.interval == 0, w_max, error);
   int64_t pooled = o.proxy == ACRE_PROXY_POOLED ? plan.interval : 1;
   plan.weight = o.weight ? o.weight : pooled;
-  count_bytes(&plan, o.proxy, model);
+  place_l2(&plan, o.l2, o.proxy, model);
   *out = plan;
   return ACRE_OK;
 }

@@ -24,5 +24,9 @@ static inline int64_t acre_plan_orphans(const acre_plan *plan) {
 int64_t acre_plan_capacity(const acre_plan *plan, acre_proxy proxy);
 /* Rows of one forward pass while building. */
 int64_t acre_plan_rows(const acre_plan *plan, acre_proxy proxy, const acre_model *model);
+/* Most groups that one window completes. */
+int64_t acre_plan_groups(const acre_plan *plan, acre_proxy proxy);
+/* Bytes of the largest L2 page: of a window's tokens. */
+size_t acre_plan_page_bytes(const acre_plan *plan, const acre_model *model);
 
 #endif

@@ -16,9 +16,11 @@ struct acre_session {
   const acre_timeline *prefix; /* the cache's resident entries, or NULL */
   acre_workspace ws;
   acre_timeline own;
-  int64_t capacity; /* query + answer tokens */
-  int64_t used;     /* query + answer tokens in the timeline */
-  int32_t *history; /* [capacity + 1] query and answer ids, the pending one included */
+  acre_queue *beside; /* splices L2 that lies on the host; NULL until that is asked for */
+  acre_refill refill; /* under way until the first pass behind it has met every layer */
+  int64_t capacity;   /* query + answer tokens */
+  int64_t used;       /* query + answer tokens in the timeline */
+  int32_t *history;   /* [capacity + 1] query and answer ids, the pending one included */
   int64_t history_count;
   bool has_logits; /* logits of the last row are in the workspace */
   bool pending;    /* the last of history is chosen but not processed */
@@ -93,7 +95,9 @@ acre_status acre_session_open(acre_session **out, acre_model *model, acre_cache 
 
 void acre_session_release(acre_session *s) {
   if (!s) return;
-  acre_workspace_close(&s->ws, s->model);
+  acre_workspace_close(&s->ws, s->model); /* both wait: then nobody uses what goes */
+  s->model->backend->ops->queue_close(s->beside);
+  acre_refill_close(&s->refill);
   acre_timeline_close(&s->own);
   acre_free(s->history);
   acre_free(s->logits);
@@ -209,6 +213,40 @@ acre_status acre_session_score(acre_session *s, float *scores, const int32_t *id
 
 /* ---------------------------------------------------------------- refill */
 
+/* Where L2 lies on the host, a layer's entries come over the bus by a queue of their own,
+ * beside the question's pass: the pass waits for a layer's before it attends, while those of
+ * the layers behind it are under way. */
+static void arrive(void *context, int64_t layer) {
+  acre_session *s = context;
+  s->model->backend->ops->follow(s->ws.queue, s->beside);
+  if (layer + 1 < s->model->config.layers) acre_refill_layer(&s->refill, layer + 1);
+}
+
+/* Gives up the refill that may be under way. */
+static acre_status stop_refill(acre_session *s, acre_error *error) {
+  if (!acre_refill_under_way(&s->refill)) return ACRE_OK;
+  acre_refill_close(&s->refill);
+  return s->model->backend->ops->sync(s->beside, error);
+}
+
+static acre_status open_refill(acre_session *s, acre_refill *refill, acre_timeline *own,
+                               const int32_t *groups, int64_t k, bool per_layer,
+                               acre_error *error) {
+  acre_backend *backend = s->model->backend;
+  bool beside = s->cache->plan.l2 == ACRE_PLACE_HOST;
+  if (beside && !s->beside) ACRE_TRY(backend->ops->mover_open(backend, &s->beside, error));
+  acre_queue *queue = beside ? s->beside : s->ws.queue;
+  ACRE_TRY(acre_refill_open(refill, own, s->cache, queue, groups, k, per_layer, s->capacity,
+                            error));
+  acre_refill_layer(refill, 0);
+  if (beside) return ACRE_OK;
+  for (int64_t i = 1; i < s->model->config.layers; ++i) acre_refill_layer(refill, i);
+  acre_refill_close(refill);
+  acre_status status = backend->ops->sync(queue, error);
+  if (status != ACRE_OK) acre_timeline_close(own);
+  return status;
+}
+
 static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, bool per_layer,
                           acre_error *error) {
   if (!s->cache)
@@ -224,16 +262,23 @@ static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, boo
                      (long long)s->model->config.w_max);
   }
   acre_timeline own;
+  acre_refill under_way = {0};
   const acre_timeline *prefix = NULL;
   if (k == 0) { /* nothing to splice: stay behind the cache itself */
     ACRE_TRY(acre_cache_resident(&prefix, s->cache, error));
     ACRE_TRY(acre_timeline_open(&own, s->model, s->capacity, false, false, error));
   } else {
-    ACRE_TRY(acre_refill_open(&own, s->cache, s->ws.queue, groups, k, per_layer,
-                              s->capacity, error));
+    ACRE_TRY(open_refill(s, &under_way, &own, groups, k, per_layer, error));
+  }
+  acre_status status = stop_refill(s, error);
+  if (status != ACRE_OK) {
+    acre_refill_close(&under_way);
+    acre_timeline_close(&own);
+    return status;
   }
   acre_timeline_close(&s->own);
   s->own = own;
+  s->refill = under_way;
   s->prefix = prefix;
   s->used = s->history_count = 0;
   s->has_logits = s->pending = false;
@@ -273,7 +318,9 @@ static void run(acre_session *s, const int32_t *ids, int64_t t, float *host, flo
                       .own = &s->own,
                       .layers = s->model->config.layers,
                       .split = true};
+    if (acre_refill_under_way(&s->refill)) pass.arrival = (acre_arrival){arrive, s};
     acre_forward(s->model, &s->ws, &pass);
+    acre_refill_close(&s->refill);
     if (i + rows == t) acre_head(s->model, &s->ws, s->ws.logits, rows - 1, 1);
     if (host) download_logits(s, host + i * vocab, block, rows);
   }

@@ -9,9 +9,8 @@ size_t acre_timeline_bytes(const acre_model *model, int64_t capacity, bool keep_
          acre_model_row_bytes(model);
 }
 
-acre_status acre_timeline_open(acre_timeline *timeline, const acre_model *model,
-                               int64_t capacity, bool keep_raw, bool with_bias,
-                               acre_error *error) {
+acre_status acre_timeline_begin(acre_timeline *timeline, const acre_model *model,
+                                int64_t capacity, bool with_bias, acre_error *error) {
   acre_backend *backend = model->backend;
   int64_t layers = model->config.layers;
   *timeline = (acre_timeline){
@@ -21,13 +20,32 @@ acre_status acre_timeline_open(acre_timeline *timeline, const acre_model *model,
   if (!timeline->buffers) {
     status = acre_fail(error, ACRE_NO_MEMORY, "timeline: out of memory");
   }
-  size_t bytes = (size_t)acre_max(capacity, 1) * timeline->row_bytes;
-  for (int64_t i = keep_raw ? 0 : layers; status == ACRE_OK && i < 3 * layers; ++i) {
-    status = backend->ops->alloc(backend, &timeline->buffers[i], bytes, error);
-  }
   if (status == ACRE_OK && with_bias) {
     status = backend->ops->alloc(backend, &timeline->bias,
                                  (size_t)acre_max(capacity, 1) * sizeof(float), error);
+  }
+  if (status != ACRE_OK) acre_timeline_close(timeline);
+  return status;
+}
+
+acre_status acre_timeline_open_layer(acre_timeline *timeline, const acre_model *model,
+                                     int64_t layer, bool keep_raw, acre_error *error) {
+  acre_backend *backend = model->backend;
+  size_t bytes = (size_t)acre_max(timeline->capacity, 1) * timeline->row_bytes;
+  for (int which = keep_raw ? 0 : 1; which < 3; ++which) {
+    acre_buffer **buffer = &timeline->buffers[which * timeline->layers + layer];
+    ACRE_TRY(backend->ops->alloc(backend, buffer, bytes, error));
+  }
+  return ACRE_OK;
+}
+
+acre_status acre_timeline_open(acre_timeline *timeline, const acre_model *model,
+                               int64_t capacity, bool keep_raw, bool with_bias,
+                               acre_error *error) {
+  ACRE_TRY(acre_timeline_begin(timeline, model, capacity, with_bias, error));
+  acre_status status = ACRE_OK;
+  for (int64_t i = 0; status == ACRE_OK && i < timeline->layers; ++i) {
+    status = acre_timeline_open_layer(timeline, model, i, keep_raw, error);
   }
   if (status != ACRE_OK) acre_timeline_close(timeline);
   return status;

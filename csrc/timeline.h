@@ -27,6 +27,11 @@ enum { ACRE_RAW = 0, ACRE_ROTATED, ACRE_VALUES };
 acre_status acre_timeline_open(acre_timeline *timeline, const acre_model *model,
                                int64_t capacity, bool keep_raw, bool with_bias,
                                acre_error *error);
+/* The same in parts: without its layers' memory, and then that of one layer. */
+acre_status acre_timeline_begin(acre_timeline *timeline, const acre_model *model,
+                                int64_t capacity, bool with_bias, acre_error *error);
+acre_status acre_timeline_open_layer(acre_timeline *timeline, const acre_model *model,
+                                     int64_t layer, bool keep_raw, acre_error *error);
 void acre_timeline_close(acre_timeline *timeline); /* closing a zeroed one is fine */
 
 static inline acre_buffer *acre_timeline_buffer(const acre_timeline *timeline, int which,

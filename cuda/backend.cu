@@ -34,28 +34,6 @@ void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
   send(queue, dst, host, bytes);
 }
 
-/* Through the staging memory, which is free once the queue has come to rest. */
-void download(acre_queue *queue, void *host, const void *src, size_t bytes) {
-  on_device scope(queue->owner->ordinal);
-  staging *s = &queue->staging;
-  size_t room = STAGES * s->bytes;
-  if (!queue->failure.failed)
-    check(&queue->failure, cudaStreamSynchronize(queue->stream),
-          ACRE_SITE("cudaStreamSynchronize"));
-  s->used = 0, s->current = 0;
-  for (size_t at = 0; at < bytes && !queue->failure.failed; at += room) {
-    size_t some = room < bytes - at ? room : bytes - at;
-    if (check(&queue->failure,
-              cudaMemcpyAsync(s->memory, (const char *)src + at, some, cudaMemcpyDefault,
-                              queue->stream),
-              ACRE_SITE("cudaMemcpyAsync")) &&
-        check(&queue->failure, cudaStreamSynchronize(queue->stream),
-              ACRE_SITE("cudaStreamSynchronize")))
-      memcpy((char *)host + at, s->memory, some);
-  }
-  if (queue->failure.failed) memset(host, 0, bytes); /* nothing is made of old bytes */
-}
-
 void destroy(acre_backend *base) {
   if (!base) return;
   backend *owner = (backend *)base;
@@ -78,13 +56,19 @@ acre_backend_ops operations_for(const backend *owner) {
   acre_backend_ops ops = {};
   ops.name = "cuda";
   ops.alloc = alloc;
+  ops.alloc_host = alloc_host;
   ops.available = available;
   ops.destroy = destroy;
   ops.queue_open = queue_open;
+  ops.mover_open = mover_open;
   ops.queue_close = queue_close;
   ops.sync = sync;
+  ops.follow = follow;
   ops.upload = upload;
   ops.download = download;
+  ops.stream = acre_cuda_stream;
+  ops.fetch = acre_cuda_fetch;
+  ops.store_array = acre_cuda_store_array;
   ops.matrix_create = acre_cuda_matrix_create;
   ops.matrix_release = acre_cuda_matrix_release;
   ops.matrix_fill = acre_cuda_matrix_fill;
@@ -223,12 +207,14 @@ acre_status fill(backend *owner, int ordinal, const acre_cuda_options &options,
   owner->base.threads = 1;
   owner->base.rows_max = ROWS_MAX;
   owner->base.apart = true;
+  owner->base.queue_bytes = owner->workspace_bytes;
+  owner->base.mover_bytes = MOVER_BYTES;
   owner->loading = acre_mutex_new();
   if (!owner->loading)
     return acre_fail(error, ACRE_NO_MEMORY, "out of memory for a backend");
   ACRE_TRY(keep_libraries(owner, options.libraries, error));
   ACRE_TRY(gemm_library_open(&owner->gemm, options.libraries, error));
-  return queue_open_with(owner, WORKSPACE_LEAST, &owner->loader, error);
+  return queue_open_with(owner, MOVER_BYTES, false, &owner->loader, error);
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ struct limits {
   size_t shared; /* bytes that a block may have */
 };
 
-constexpr int STAGES = 4; /* parts of the staging memory, taken in turn */
+constexpr size_t MOVER_BYTES = 4096; /* scratch of a mover: spans */
+constexpr int STAGES = 4;            /* parts of the staging memory, taken in turn */
 
 struct staging {
   char *memory; /* pinned, [STAGES][bytes] */
@@ -98,10 +99,11 @@ class on_device {
 struct acre_queue {
   acre::backend *owner;
   cudaStream_t stream;
+  cudaEvent_t reached; /* where another queue goes on behind this one */
   acre::failure failure;
   acre_buffer *workspace;
   acre::staging staging;
-  acre_gemm *gemm;
+  acre_gemm *gemm; /* NULL: a mover */
 };
 
 /* Numbers of T; number (n, k) lies n * row_step + k * column_step after the first. */
@@ -145,10 +147,14 @@ class sender {
   int count_ = 0;
 };
 
-/* Any memory of device or host to device memory, in the queue's order. */
+/* Any memory of device or host to what the device may write, in the queue's order. */
 void copy(acre_queue *queue, void *to, const void *from, size_t bytes);
-/* Whether kernels may read it. */
-bool on_any_device(const void *memory);
+/* Whether kernels may read it: device memory, and pinned memory of the host. */
+bool device_reads(const void *memory);
+
+/* As the operation; q8: of bf16, as the numbers that q8 keeps. */
+void store_array(backend *owner, void *dst, acre_dtype dtype, bool q8,
+                 const acre_array *array, bool *finite);
 
 void nccl_close(acre_nccl *nccl);
 
@@ -156,11 +162,17 @@ void nccl_close(acre_nccl *nccl);
 void leave(backend *owner);
 
 acre_status alloc(acre_backend *base, acre_buffer **out, size_t bytes, acre_error *error);
+acre_status alloc_host(acre_backend *base, acre_buffer **out, size_t bytes,
+                       acre_error *error);
 size_t available(acre_backend *base);
 acre_status queue_open(acre_backend *base, acre_queue **out, acre_error *error);
-acre_status queue_open_with(backend *owner, size_t workspace_bytes, acre_queue **out,
-                            acre_error *error);
+acre_status mover_open(acre_backend *base, acre_queue **out, acre_error *error);
+acre_status queue_open_with(backend *owner, size_t workspace_bytes, bool products,
+                            acre_queue **out, acre_error *error);
 void queue_close(acre_queue *queue);
+void follow(acre_queue *later, acre_queue *earlier);
+/* As the operation; waits. */
+void download(acre_queue *queue, void *host, const void *src, size_t bytes);
 
 /* ------------------------------------------------------------------ launches */
 
@@ -194,7 +206,9 @@ void launch(acre_queue *queue, const site &at, void (*kernel)(P...), int64_t blo
   check(&queue->failure, cudaGetLastError(), at);
 #else
   check(&queue->failure,
-        acre_host_launch(at.call, kernel, grid, block, shared, arguments...), at);
+        acre_host_launch_on(queue->stream, at.call, kernel, grid, block, shared,
+                            arguments...),
+        at);
 #endif
 }
 
@@ -260,7 +274,7 @@ void acre_cuda_cross_entropy_back(acre_queue *, void *dlogits, float *out,
                                   const float *logits, const int32_t *target,
                                   const float *weight, int64_t rows, int64_t vocab,
                                   acre_dtype);
-/* rows.cu */
+/* rows.cu, array.cu */
 void acre_cuda_gather_rows(acre_queue *, void *y, const void *x, const int32_t *index,
                            int64_t rows, size_t row_bytes);
 void acre_cuda_scatter_rows(acre_queue *, void *y, const void *x, const int32_t *index,
@@ -275,6 +289,11 @@ void acre_cuda_round(acre_queue *, void *y, int64_t y_stride, const float *x,
 void acre_cuda_add_rows(acre_queue *, float *y, int64_t y_stride, const float *x,
                         int64_t x_stride, const int32_t *index, int64_t rows,
                         int64_t width);
+void *acre_cuda_stream(acre_backend *);
+acre_status acre_cuda_fetch(acre_backend *, void *host, const void *src, size_t bytes,
+                            acre_error *);
+void acre_cuda_store_array(acre_backend *, void *dst, acre_dtype dtype,
+                           const acre_array *array, bool *finite);
 /* rope.cu */
 void acre_cuda_rope(acre_queue *, float *x, int64_t x_stride, const float *cos,
                     const float *sin, int64_t position, int64_t rows, int64_t heads,

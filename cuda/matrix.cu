@@ -2,7 +2,8 @@
  * strides exchanged, so it costs nothing and follows the other by itself. q8 is kept as the
  * bf16 numbers that it stands for.
  *
- * Filling converts on the host and waits: it happens while a model is loaded. */
+ * Filling converts on the host and waits: it happens while a model is loaded. What lies on the
+ * device already is converted there (array.cu). */
 #include "device.h"
 #include "internal.h"
 #include "tensor.h"
@@ -112,6 +113,11 @@ void acre_cuda_matrix_fill(acre_matrix *matrix, int64_t row, const acre_array *h
                            bool *finite) {
   using namespace acre;
   int64_t count = host->shape[0], K = matrix->K;
+  if (host->on_device) {
+    size_t at = (size_t)(row * K) * acre_dtype_size(matrix->dtype);
+    return store_array(matrix->owner, (char *)acre_buffer_data(matrix->buffer) + at,
+                       matrix->dtype, matrix->weights == ACRE_WEIGHTS_Q8, host, finite);
+  }
   size_t row_bytes = (size_t)K * acre_dtype_size(matrix->dtype);
   int64_t some = acre_max(1, FILL_BYTES / (int64_t)row_bytes);
   acre_queue *loader = matrix->owner->loader;

@@ -1,8 +1,9 @@
 /* Rows moved, rounded, averaged and added.
  *
  * Bytes are copied in the widest units that all addresses allow. Rows that lie in host memory
- * come through the staging memory, as uploads do; rows on the device are copied by one kernel
- * for many spans, or by the copy engine where a span is long. */
+ * come through the staging memory, as uploads do, unless it is pinned; rows that the device
+ * reads by itself are copied by one kernel for many spans, or by the copy engine where a span
+ * is long. */
 #include "device.h"
 #include "internal.h"
 
@@ -48,13 +49,25 @@ void copy_indexed(acre_queue *queue, void *y, const void *x, const int32_t *inde
 
 /* ------------------------------------------------------------------ spans */
 
+/* Of pinned memory a read takes microseconds: a thread has several under way. */
 template <class U>
 __global__ void spans_kernel(U *y, const acre_span *spans, int64_t count, int64_t units) {
+  constexpr int EACH = 4;
+  int64_t step = blockDim.x;
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
     acre_span span = spans[i];
     U *to = y + span.dst_row * units;
     const U *from = (const U *)span.source;
-    for (int64_t c = threadIdx.x; c < span.rows * units; c += blockDim.x) to[c] = from[c];
+    int64_t n = span.rows * units;
+    for (int64_t c = threadIdx.x; c < n; c += EACH * step) {
+      U part[EACH] = {};
+#pragma unroll
+      for (int j = 0; j < EACH; j++)
+        if (c + j * step < n) part[j] = from[c + j * step];
+#pragma unroll
+      for (int j = 0; j < EACH; j++)
+        if (c + j * step < n) to[c + j * step] = part[j];
+    }
   }
 }
 
@@ -98,7 +111,7 @@ void pool_some(acre_queue *queue, T *dst, const void *const *sources, int64_t co
   {
     sender<const void *> to_table(queue, table);
     for (int64_t i = 0; i < count * l; i++) {
-      bool there = on_any_device(sources[i]);
+      bool there = device_reads(sources[i]);
       if (!there) send(queue, rows, sources[i], row);
       to_table.add(there ? sources[i] : rows);
       rows += there ? 0 : row;
@@ -158,7 +171,7 @@ void acre_cuda_copy_rows(acre_queue *queue, void *dst, const acre_span *spans,
   for (int64_t i = 0; i < count; i++) {
     int64_t bytes = spans[i].rows * (int64_t)row_bytes;
     if (bytes <= 0) continue;
-    if (bytes >= acre::LONG_SPAN || !acre::on_any_device(spans[i].source)) {
+    if (bytes >= acre::LONG_SPAN || !acre::device_reads(spans[i].source)) {
       acre::copy(queue, (char *)dst + (size_t)spans[i].dst_row * row_bytes, spans[i].source,
                  (size_t)bytes);
       continue;

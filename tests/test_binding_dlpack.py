@@ -11,37 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from host_cuda import DELETER, Managed, capsule_of
 
 from acre import _core
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Managed(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", DELETER),
-        ("flags", ctypes.c_uint64),
-        ("tensor", DLTensor),
-    ]
 
 
 def bind_forged(**changes: Any) -> int:
@@ -57,12 +29,8 @@ def bind_forged(**changes: Any) -> int:
     tensor.shape = shape
     for key, value in changes.items():
         setattr(managed if hasattr(managed, key) else tensor, key, value)
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype = ctypes.py_object
-    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    capsule = new(ctypes.addressof(managed), b"dltensor_versioned", None)
     try:
-        model.bind("model.norm.weight", capsule)
+        model.bind("model.norm.weight", capsule_of(managed))
     finally:
         assert len(deleted) == 1  # whatever comes of it
     return len(deleted)

@@ -114,6 +114,7 @@ def model(
     trained: bool = False,
     words: bool = True,
     dtype: str = "f32",
+    device: str = "cpu",
     **changes: Any,
 ) -> Any:
     """An acre.Model; words False leaves the tokenizer out."""
@@ -124,6 +125,7 @@ def model(
         arrays(family, rng, trained, **changes),
         tokenizer() if words else None,
         dtype=dtype,
+        device=device,
         threads=1,
     )
 

@@ -8,6 +8,7 @@
 #include "arrays.h"
 
 #include "arguments.h"
+#include "errors.h"
 
 /* ------------------------------------------------------------------ names */
 
@@ -160,9 +161,10 @@ static int read_tensor(foreign_array *array, const dlpack_tensor *tensor, const 
 }
 
 static int take_dlpack(foreign_array *out, PyObject *object, const char *name,
-                       const char *expected) {
+                       const char *expected, const acre_engine *engine) {
   const dlpack_tensor *tensor;
-  if (dlpack_take(&out->import, &tensor, object, name) < 0) return -1;
+  if (dlpack_take(&out->import, &tensor, object, name, engine) < 0) return -1;
+  out->on_device = tensor->device.type != DLPACK_CPU;
   if (read_tensor(out, tensor, name, expected) == 0) return 0;
   dlpack_drop(&out->import);
   return -1;
@@ -188,14 +190,14 @@ static PyObject *as_array(PyObject *object, const char *name, const char *expect
   return array;
 }
 
-int foreign_take(foreign_array *out, PyObject *object, const char *name,
-                 const char *expected) {
+int foreign_take_for(foreign_array *out, PyObject *object, const char *name,
+                     const char *expected, const acre_engine *engine) {
   memset(out, 0, sizeof *out);
   if (PyBytes_Check(object) || PyByteArray_Check(object))
     return argument_refuse(object, name, expected);
-  if (dlpack_is_capsule(object)) return take_dlpack(out, object, name, expected);
+  if (dlpack_is_capsule(object)) return take_dlpack(out, object, name, expected, engine);
   if (PyObject_CheckBuffer(object)) return take_buffer(out, object, name, expected);
-  if (dlpack_is_producer(object)) return take_dlpack(out, object, name, expected);
+  if (dlpack_is_producer(object)) return take_dlpack(out, object, name, expected, engine);
   PyObject *array = as_array(object, name, expected);
   if (!array) return -1;
   int result = PyObject_CheckBuffer(array) ? take_buffer(out, array, name, expected)
@@ -204,7 +206,55 @@ int foreign_take(foreign_array *out, PyObject *object, const char *name,
   return result;
 }
 
+int foreign_take(foreign_array *out, PyObject *object, const char *name,
+                 const char *expected) {
+  return foreign_take_for(out, object, name, expected, NULL);
+}
+
+/* Bytes from the first element to behind the last one; -1 where there are elements before
+ * the first, or too many. */
+static int64_t span_of(const foreign_array *array) {
+  int64_t last = 0;
+  for (int i = 0; i < array->ndim; ++i) {
+    int64_t reach;
+    if (array->shape[i] == 0) return 0;
+    if (array->strides[i] < 0 ||
+        __builtin_mul_overflow(array->shape[i] - 1, array->strides[i], &reach) ||
+        __builtin_add_overflow(last, reach, &last))
+      return -1;
+  }
+  return last < INT64_MAX / array->item_size ? (last + 1) * array->item_size : -1;
+}
+
+int foreign_land(const binding_state *state, foreign_array *array, const char *name,
+                 acre_engine *engine) {
+  if (!array->on_device) return 0;
+  int64_t bytes = span_of(array);
+  if (bytes < 0) {
+    PyErr_Format(PyExc_ValueError, "%s: got strides that run backwards", name);
+    return -1;
+  }
+  array->landed = PyMem_RawMalloc(bytes ? (size_t)bytes : 1);
+  if (!array->landed) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  acre_error error;
+  acre_status status;
+  WITHOUT_GIL(status = acre_engine_fetch(engine, array->landed, array->data, (size_t)bytes,
+                                         &error));
+  if (status != ACRE_OK) {
+    errors_raise(state, &error);
+    return -1;
+  }
+  array->data = array->landed;
+  array->on_device = false;
+  return 0;
+}
+
 void foreign_drop(foreign_array *array) {
+  PyMem_RawFree(array->landed);
+  array->landed = NULL;
   if (array->buffer.obj)
     PyBuffer_Release(&array->buffer);
   else
@@ -255,6 +305,7 @@ int foreign_floats(const foreign_array *array, const char *dtype, const char *na
   out->ndim = array->ndim;
   memcpy(out->shape, array->shape, sizeof out->shape);
   memcpy(out->strides, array->strides, sizeof out->strides);
+  out->on_device = array->on_device;
   return 0;
 }
 

@@ -20,6 +20,8 @@ typedef struct foreign_array {
   int32_t ndim;
   int64_t shape[ACRE_MAX_DIMS];
   int64_t strides[ACRE_MAX_DIMS];
+  bool on_device;       /* of the engine that it was taken for */
+  void *landed;         /* its copy on the host, or NULL */
   Py_buffer buffer;     /* held when buffer.obj is set */
   dlpack_import import; /* held otherwise */
 } foreign_array;
@@ -28,6 +30,12 @@ typedef struct foreign_array {
  * `expected` ends the sentence of a refusal. 0, or -1 with an exception. */
 int foreign_take(foreign_array *out, PyObject *object, const char *name,
                  const char *expected);
+/* The same, also from the engine's device: then on_device is set. */
+int foreign_take_for(foreign_array *out, PyObject *object, const char *name,
+                     const char *expected, const acre_engine *engine);
+/* From the device to the host, if it is there. */
+int foreign_land(const binding_state *state, foreign_array *array, const char *name,
+                 acre_engine *engine);
 void foreign_drop(foreign_array *array);
 
 /* A foreign array of floats as C takes it. `dtype`: NULL, or its name, which must be

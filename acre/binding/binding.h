@@ -67,9 +67,10 @@ acre_model *model_take_ready(const binding_state *state, PyObject *object,
 cache_object *cache_new(const binding_state *state, PyObject *model);
 PyObject *cache_finish(cache_object *self, acre_cache *cache); /* steals both */
 
-/* A read-only view; takes over the reference to `owner`, on failure too. */
-PyObject *tensor_new(const binding_state *state, const acre_array *view,
-                     acre_buffer *owner);
+/* A read-only view of memory of this engine; takes over the reference to `owner`, on failure
+ * too. */
+PyObject *tensor_new(const binding_state *state, const acre_array *view, acre_buffer *owner,
+                     PyObject *engine);
 
 /* METH_VARARGS | METH_KEYWORDS functions in a table of the two-argument kind. */
 #define KEYWORD_METHOD(function) (PyCFunction)(void (*)(void)) function

@@ -77,14 +77,15 @@ static acre_builder *open_builder(const binding_state *state,
 }
 
 static PyObject *builder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"model",  "ids",   "proxy", "interval", "window",
-                          "stride", "carry", "eta",   "reserve",  "weight",
-                          "sink",   "base",  "keep",  "losses",   NULL};
+  static char *names[] = {"model", "ids",  "proxy",   "interval", "window", "stride",
+                          "carry", "eta",  "reserve", "weight",   "sink",   "l2",
+                          "base",  "keep", "losses",  NULL};
   builder_arguments a = {0};
   PyObject **o = a.options;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOOOO:Builder", names,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOOOOOOOOO:Builder", names,
                                    &a.model, &a.ids, &o[0], &o[1], &o[2], &o[3], &o[4],
-                                   &o[5], &o[6], &o[7], &o[8], &a.base, &a.keep, &a.losses))
+                                   &o[5], &o[6], &o[7], &o[8], &o[9], &a.base, &a.keep,
+                                   &a.losses))
     return NULL;
   if (a.keep == Py_None) a.keep = NULL;
   builder_object *self = (builder_object *)type->tp_alloc(type, 0);
@@ -174,7 +175,7 @@ PyDoc_STRVAR(losses_doc,
 PyDoc_STRVAR(
     builder_doc,
     "Builder(model, ids, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-    "carry=0, eta=4096, reserve=0, weight=0, sink=0, base=None, keep=None, "
+    "carry=0, eta=4096, reserve=0, weight=0, sink=0, l2='auto', base=None, keep=None, "
     "losses=False)\n--\n\n"
     "Reads token ids [n] into a bi-layer cache, one window per step().\n\n"
     "ids: a one-dimensional array or sequence of integers, each within the "
@@ -185,6 +186,8 @@ PyDoc_STRVAR(
     "their\n"
     "window. eta, reserve: positions to leave for refilling and for question and "
     "answer.\n"
+    "l2: where the L2 cache lies: 'device', 'host' (pinned memory, where the device lies\n"
+    "apart) or 'auto', the device where all fits there.\n"
     "With base, a Cache, that text is continued: its first keep tokens stay (default:\n"
     "all), ids follow them, and its options hold. losses: keep -log p of every token,\n"
     "for .losses. Raises ValueError, and TooLongError before any work.");

@@ -154,10 +154,11 @@ static PyObject *cache_view(cache_object *self, PyObject *args, PyObject *kwargs
   acre_array view;
   acre_buffer *owner;
   acre_error error;
-  acre_status status = acre_cache_view(self->cache, (acre_part)part, layer, page, &view,
-                                       &first, &owner, &error);
+  acre_status status = acre_cache_view_in_place(self->cache, (acre_part)part, layer, page,
+                                                &view, &first, &owner, &error);
   if (status != ACRE_OK) return errors_raise(state, &error);
-  return Py_BuildValue("(NL)", tensor_new(state, &view, owner), (long long)first);
+  PyObject *engine = ((model_object *)self->model)->engine;
+  return Py_BuildValue("(NL)", tensor_new(state, &view, owner, engine), (long long)first);
 }
 
 static PyObject *cache_refill_count(cache_object *self, PyObject *args, PyObject *kwargs) {
@@ -216,7 +217,8 @@ PyDoc_STRVAR(view_doc,
              "One layer's tensor as (Tensor [rows, g, d], index of its first row).\n\n"
              "part: 'l1_keys', 'l1_values', 'l2_keys', 'l2_values', 'recent_keys' or\n"
              "'recent_values'; keys before RoPE. L2 lies in `pages` pages, the others in\n"
-             "page 0. No copy; the Tensor keeps the bytes alive. Raises ValueError.");
+             "page 0. No copy, on a GPU either; the Tensor keeps the bytes alive. Raises\n"
+             "ValueError.");
 PyDoc_STRVAR(refill_count_doc,
              "refill_count($self, /, eta)\n--\n\n"
              "k, the groups that a budget of eta L2 tokens refills. eta = 0 gives 0;\n"

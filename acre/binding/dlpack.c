@@ -1,4 +1,4 @@
-/* Takes any DLPack producer on the CPU, gives its tensor; and takes a view of C bytes,
+/* Takes any DLPack producer on the CPU or on an engine's device, gives its tensor; and takes a view of C bytes,
  * gives a capsule.
  *
  * The bytes behind an exported capsule belong to an acre_buffer and its header to
@@ -28,10 +28,27 @@ static const char *device_name(int64_t type) {
   return type >= 0 && type < count ? names[type] : "an unknown device";
 }
 
-static int check_device(int64_t type, int64_t id, const char *name) {
+/* "cuda:N" is how an engine names what is not the CPU. */
+dlpack_device dlpack_device_of(const acre_engine *engine) {
+  const char *number = strchr(acre_engine_device(engine), ':');
+  if (!number) return (dlpack_device){DLPACK_CPU, 0};
+  return (dlpack_device){DLPACK_CUDA, (int32_t)strtol(number + 1, NULL, 10)};
+}
+
+static int check_device(int64_t type, int64_t id, const char *name,
+                        const acre_engine *engine) {
   if (type == DLPACK_CPU) return 0;
-  PyErr_Format(PyExc_ValueError, "%s: got an array on %s:%lld, expected one on the cpu",
-               name, device_name(type), (long long)id);
+  dlpack_device own = {DLPACK_CPU, 0};
+  if (engine) own = dlpack_device_of(engine);
+  if (own.type == DLPACK_CPU) {
+    PyErr_Format(PyExc_ValueError, "%s: got an array on %s:%lld, expected one on the cpu",
+                 name, device_name(type), (long long)id);
+    return -1;
+  }
+  if (type == own.type && id == own.id) return 0;
+  PyErr_Format(PyExc_ValueError,
+               "%s: got an array on %s:%lld, expected one on the cpu or on cuda:%d", name,
+               device_name(type), (long long)id, own.id);
   return -1;
 }
 
@@ -41,40 +58,47 @@ bool dlpack_is_producer(PyObject *object) {
   return PyObject_HasAttrString(object, "__dlpack__");
 }
 
-/* Asks for the device first: where it is not ours, no data is moved or waited for. */
-static int ask_device(PyObject *producer, const char *name) {
+/* Asks for the device first: where it is not ours, no data is moved or waited for. *type
+ * stays where nothing is said. */
+static int ask_device(PyObject *producer, const char *name, const acre_engine *engine,
+                      int64_t *type) {
   if (!PyObject_HasAttrString(producer, "__dlpack_device__")) return 0;
   PyObject *device = PyObject_CallMethod(producer, "__dlpack_device__", NULL);
   if (!device) return -1;
   PyObject *pair = PySequence_Tuple(device);
   Py_DECREF(device);
   if (!pair) return -1;
-  int64_t type = 0, id = 0;
+  int64_t id = 0;
   int result = -1;
   if (PyTuple_GET_SIZE(pair) != 2)
     PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__() gave %R, expected a pair", name,
                  pair);
-  else if (argument_int64(PyTuple_GET_ITEM(pair, 0), "__dlpack_device__()", &type) == 0 &&
+  else if (argument_int64(PyTuple_GET_ITEM(pair, 0), "__dlpack_device__()", type) == 0 &&
            argument_int64(PyTuple_GET_ITEM(pair, 1), "__dlpack_device__()", &id) == 0)
-    result = check_device(type, id, name);
+    result = check_device(*type, id, name, engine);
   Py_DECREF(pair);
   return result;
 }
 
-/* producer.__dlpack__(max_version=(1, 1)); producers older than that argument answer
- * TypeError and are asked again without it. */
-static PyObject *ask_capsule(PyObject *producer) {
+/* producer.__dlpack__(max_version=(1, 1)), and on a device stream=..., for which what makes
+ * the array is then done; producers older than max_version answer TypeError and are asked
+ * again without it. */
+static PyObject *ask_capsule(PyObject *producer, void *stream) {
   PyObject *method = PyObject_GetAttrString(producer, "__dlpack__");
   PyObject *none = PyTuple_New(0);
   PyObject *keywords = Py_BuildValue("{s(ii)}", "max_version", 1, 1);
+  PyObject *handle = stream ? PyLong_FromVoidPtr(stream) : Py_NewRef(Py_None);
   PyObject *capsule = NULL;
-  if (method && none && keywords) {
+  if (method && none && keywords && handle &&
+      (!stream || PyDict_SetItemString(keywords, "stream", handle) == 0)) {
     capsule = PyObject_Call(method, none, keywords);
     if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
       PyErr_Clear();
-      capsule = PyObject_CallNoArgs(method);
+      if (PyDict_DelItemString(keywords, "max_version") == 0)
+        capsule = PyObject_Call(method, none, keywords);
     }
   }
+  Py_XDECREF(handle);
   Py_XDECREF(keywords);
   Py_XDECREF(none);
   Py_XDECREF(method);
@@ -103,7 +127,9 @@ static int consume(dlpack_import *import, PyObject *capsule, const char *name) {
   return -1;
 }
 
-static int check_import(const dlpack_import *import, const char *name) {
+/* `told`: the producer knows on which stream the engine reads. */
+static int check_import(const dlpack_import *import, const char *name,
+                        const acre_engine *engine, bool told) {
   const dlpack_versioned *versioned = import->versioned;
   /* Of a major version to come only the place of version and deleter is known. */
   if (versioned && versioned->major > 1) {
@@ -112,25 +138,33 @@ static int check_import(const dlpack_import *import, const char *name) {
     return -1;
   }
   const dlpack_tensor *tensor = versioned ? &versioned->tensor : &import->legacy->tensor;
-  return check_device(tensor->device.type, tensor->device.id, name);
+  dlpack_device device = tensor->device;
+  if (check_device(device.type, device.id, name, engine) < 0) return -1;
+  if (device.type == DLPACK_CPU || told) return 0;
+  PyErr_Format(PyExc_ValueError,
+               "%s: got a capsule on %s:%d, which was not made for this engine's stream; "
+               "pass the array itself, with __dlpack__ and __dlpack_device__",
+               name, device_name(device.type), device.id);
+  return -1;
 }
 
 int dlpack_take(dlpack_import *import, const dlpack_tensor **tensor, PyObject *object,
-                const char *name) {
+                const char *name, const acre_engine *engine) {
   *import = (dlpack_import){NULL, NULL};
+  int64_t type = DLPACK_CPU;
   PyObject *capsule;
   if (dlpack_is_capsule(object)) {
     capsule = Py_NewRef(object);
   } else {
-    if (ask_device(object, name) < 0) return -1;
-    capsule = ask_capsule(object);
+    if (ask_device(object, name, engine, &type) < 0) return -1;
+    capsule = ask_capsule(object, type == DLPACK_CPU ? NULL : acre_engine_stream(engine));
     if (!capsule) return -1;
   }
   int result = PyCapsule_CheckExact(capsule)
                    ? consume(import, capsule, name)
                    : argument_refuse(capsule, name, "a capsule from __dlpack__()");
   Py_DECREF(capsule);
-  if (result == 0) result = check_import(import, name);
+  if (result == 0) result = check_import(import, name, engine, type != DLPACK_CPU);
   if (result < 0) {
     dlpack_drop(import);
     return -1;
@@ -152,6 +186,21 @@ void dlpack_drop(dlpack_import *import) {
 }
 
 /* ------------------------------------------------------------------ export */
+
+int dlpack_check_stream(PyObject *stream, int32_t device_type) {
+  if (stream == Py_None) return 0;
+  if (device_type == DLPACK_CPU) {
+    PyErr_Format(PyExc_BufferError, "stream: got %R, expected None on the cpu", stream);
+    return -1;
+  }
+  int64_t number = 0;
+  if (argument_int64(stream, "stream", &number) < 0) return -1;
+  if (number >= -1 && number != 0) return 0;
+  PyErr_Format(PyExc_BufferError,
+               "stream: got %R, expected None, -1, 1, 2 or the handle of a CUDA stream",
+               stream);
+  return -1;
+}
 
 /* One allocation: the header of either generation, then what it points to. */
 typedef struct exported {
@@ -180,11 +229,12 @@ static void destroy_capsule(PyObject *capsule) {
     delete_legacy(PyCapsule_GetPointer(capsule, LEGACY));
 }
 
-static void fill_tensor(dlpack_tensor *tensor, exported *self, const acre_array *view) {
+static void fill_tensor(dlpack_tensor *tensor, exported *self, const acre_array *view,
+                        dlpack_device device) {
   memcpy(self->shape, view->shape, sizeof self->shape);
   memcpy(self->strides, view->strides, sizeof self->strides);
   tensor->data = (void *)view->data;
-  tensor->device = (dlpack_device){DLPACK_CPU, 0};
+  tensor->device = device;
   tensor->ndim = view->ndim;
   tensor->dtype.code = view->dtype == ACRE_BF16 ? DLPACK_BFLOAT : DLPACK_FLOAT;
   tensor->dtype.bits = (uint8_t)(8 * acre_dtype_size(view->dtype));
@@ -193,8 +243,8 @@ static void fill_tensor(dlpack_tensor *tensor, exported *self, const acre_array 
   tensor->strides = self->strides;
 }
 
-PyObject *dlpack_export(const acre_array *view, acre_buffer *owner, bool versioned,
-                        uint64_t flags) {
+PyObject *dlpack_export(const acre_array *view, acre_buffer *owner, dlpack_device device,
+                        bool versioned, uint64_t flags) {
   exported *self = calloc(1, sizeof *self);
   if (!self) return PyErr_NoMemory();
   if (versioned) {
@@ -204,12 +254,12 @@ PyObject *dlpack_export(const acre_array *view, acre_buffer *owner, bool version
     managed->context = self;
     managed->deleter = delete_versioned;
     managed->flags = flags;
-    fill_tensor(&managed->tensor, self, view);
+    fill_tensor(&managed->tensor, self, view, device);
   } else {
     dlpack_legacy *managed = &self->managed.legacy;
     managed->context = self;
     managed->deleter = delete_legacy;
-    fill_tensor(&managed->tensor, self, view);
+    fill_tensor(&managed->tensor, self, view, device);
   }
   PyObject *capsule =
       PyCapsule_New(&self->managed, versioned ? VERSIONED : LEGACY, destroy_capsule);

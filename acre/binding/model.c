@@ -84,7 +84,9 @@ static PyObject *model_bind(model_object *self, PyObject *args, PyObject *kwargs
     return NULL;
   if (PyErr_CheckSignals() < 0) return NULL;
   foreign_array foreign;
-  if (foreign_take(&foreign, array_object, name, "an array of floats") < 0) return NULL;
+  if (foreign_take_for(&foreign, array_object, name, "an array of floats",
+                       acre_model_engine(self->model)) < 0)
+    return NULL;
   acre_array array;
   PyObject *result = NULL;
   if (foreign_floats(&foreign, dtype, name, &array) == 0 && enter(self) == 0) {
@@ -111,14 +113,14 @@ static PyObject *model_ready(model_object *self, PyObject *unused) {
 
 static PyObject *model_plan(model_object *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"n",   "proxy",   "interval", "window", "stride", "carry",
-                          "eta", "reserve", "weight",   "sink",   NULL};
+                          "eta", "reserve", "weight",   "sink",   "l2",     NULL};
   PyObject *n_object, *values[RECORD_MAX_FIELDS] = {NULL};
   acre_build_options options = acre_build_options_default();
   int64_t n;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOO:plan", names, &n_object,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOO:plan", names, &n_object,
                                    &values[0], &values[1], &values[2], &values[3],
                                    &values[4], &values[5], &values[6], &values[7],
-                                   &values[8]) ||
+                                   &values[8], &values[9]) ||
       argument_int64(n_object, "n", &n) < 0 ||
       record_from_values(&record_build_options, &options, values) < 0)
     return NULL;
@@ -146,15 +148,17 @@ static PyObject *model_engine(model_object *self, void *closure) {
 
 /* ------------------------------------------------------------------ type */
 
-PyDoc_STRVAR(bind_doc,
-             "bind($self, /, name, array, dtype=None)\n--\n\n"
-             "Copies one tensor by its Hugging Face name.\n\n"
-             "array: float16, bfloat16, float32 or float64 of the shape that the\n"
-             "configuration asks for, any strides: a NumPy array, a DLPack producer or\n"
-             "capsule on the CPU. With dtype='bf16' 16-bit integers are bfloat16 bits.\n"
-             "Nothing of it is kept. Binding a name twice replaces the tensor. Raises\n"
-             "ValueError for an unknown name, another shape or dtype, NaN or infinity,\n"
-             "RuntimeError after ready().");
+PyDoc_STRVAR(
+    bind_doc,
+    "bind($self, /, name, array, dtype=None)\n--\n\n"
+    "Copies one tensor by its Hugging Face name.\n\n"
+    "array: float16, bfloat16, float32 or float64 of the shape that the\n"
+    "configuration asks for, any strides: a NumPy array, a DLPack producer or\n"
+    "capsule on the CPU, or a producer on the engine's own GPU, whose numbers stay\n"
+    "there. With dtype='bf16' 16-bit integers are bfloat16 bits.\n"
+    "Nothing of it is kept. Binding a name twice replaces the tensor. Raises\n"
+    "ValueError for an unknown name, another shape or dtype, NaN or infinity,\n"
+    "RuntimeError after ready().");
 PyDoc_STRVAR(ready_doc,
              "ready($self, /)\n--\n\n"
              "Checks that every tensor came and fixes the model.\n\n"
@@ -162,9 +166,11 @@ PyDoc_STRVAR(ready_doc,
              "names a missing tensor; more may then be bound.");
 PyDoc_STRVAR(plan_doc,
              "plan($self, /, n, *, proxy='pooled', interval=0, window=4096, stride=2048, "
-             "carry=0, eta=4096, reserve=0, weight=0, sink=0)\n--\n\n"
+             "carry=0, eta=4096, reserve=0, weight=0, sink=0, l2='auto')\n--\n\n"
              "What a text of n tokens would become: the resolved options, the numbers\n"
-             "of entries and the bytes. Does no work; needs no weights. Raises ValueError\n"
+             "of entries and the bytes, on the device (peak_bytes) and of host memory\n"
+             "beside it (host_bytes); l2: 'device' or 'host', by what is free now where\n"
+             "'auto' was asked for. Does no work; needs no weights. Raises ValueError\n"
              "for impossible options and TooLongError for a text that does not fit.");
 PyDoc_STRVAR(model_doc,
              "Model(engine, config)\n--\n\n"

@@ -7,20 +7,19 @@
 
 #include "arguments.h"
 
-#define FIELD(type, member, what) \
-  { #member, offsetof(type, member), what, false, NULL, NULL }
+#define FIELD(type, member, what) {#member, offsetof(type, member), what, false, NULL, NULL}
 #define REQUIRED(type, member, what) \
-  { #member, offsetof(type, member), what, true, NULL, NULL }
+  {#member, offsetof(type, member), what, true, NULL, NULL}
 #define CHOICE(type, member, names) \
-  { #member, offsetof(type, member), FIELD_CHOICE, false, names, NULL }
-#define RECORD(title, table) \
-  { title, table, (int)(sizeof table / sizeof table[0]) }
+  {#member, offsetof(type, member), FIELD_CHOICE, false, names, NULL}
+#define RECORD(title, table) {title, table, (int)(sizeof table / sizeof table[0])}
 
 static const char *const ROPE_KINDS[] = {"default", "linear", "dynamic",
                                          "llama3",  "yarn",   NULL};
 static const char *const COMPUTE_DTYPES[] = {"f32", "bf16", NULL};
 static const char *const WEIGHTS[] = {"same", "q8", NULL};
 static const char *const PROXIES[] = {"pooled", "trained", NULL};
+static const char *const PLACES[] = {"auto", "device", "host", NULL};
 static const char *const SELECTS[] = {"shared", "per_layer", NULL};
 
 static const field ROPE_FIELDS[] = {
@@ -65,19 +64,30 @@ static const field OPTION_FIELDS[] = {
     FIELD(acre_build_options, reserve, FIELD_INT64),
     FIELD(acre_build_options, weight, FIELD_INT64),
     FIELD(acre_build_options, sink, FIELD_INT64),
+    CHOICE(acre_build_options, l2, PLACES),
 };
 const record record_build_options = RECORD("options", OPTION_FIELDS);
 
 static const field PLAN_FIELDS[] = {
-    FIELD(acre_plan, n, FIELD_INT64),         FIELD(acre_plan, interval, FIELD_INT64),
-    FIELD(acre_plan, window, FIELD_INT64),    FIELD(acre_plan, stride, FIELD_INT64),
-    FIELD(acre_plan, carry, FIELD_INT64),     FIELD(acre_plan, eta, FIELD_INT64),
-    FIELD(acre_plan, reserve, FIELD_INT64),   FIELD(acre_plan, weight, FIELD_INT64),
-    FIELD(acre_plan, sink, FIELD_INT64),      FIELD(acre_plan, windows, FIELD_INT64),
-    FIELD(acre_plan, m, FIELD_INT64),         FIELD(acre_plan, recent, FIELD_INT64),
-    FIELD(acre_plan, l2_tokens, FIELD_INT64), FIELD(acre_plan, l1_bytes, FIELD_SIZE),
-    FIELD(acre_plan, l2_bytes, FIELD_SIZE),   FIELD(acre_plan, recent_bytes, FIELD_SIZE),
+    FIELD(acre_plan, n, FIELD_INT64),
+    FIELD(acre_plan, interval, FIELD_INT64),
+    FIELD(acre_plan, window, FIELD_INT64),
+    FIELD(acre_plan, stride, FIELD_INT64),
+    FIELD(acre_plan, carry, FIELD_INT64),
+    FIELD(acre_plan, eta, FIELD_INT64),
+    FIELD(acre_plan, reserve, FIELD_INT64),
+    FIELD(acre_plan, weight, FIELD_INT64),
+    FIELD(acre_plan, sink, FIELD_INT64),
+    FIELD(acre_plan, windows, FIELD_INT64),
+    FIELD(acre_plan, m, FIELD_INT64),
+    FIELD(acre_plan, recent, FIELD_INT64),
+    FIELD(acre_plan, l2_tokens, FIELD_INT64),
+    FIELD(acre_plan, l1_bytes, FIELD_SIZE),
+    FIELD(acre_plan, l2_bytes, FIELD_SIZE),
+    FIELD(acre_plan, recent_bytes, FIELD_SIZE),
     FIELD(acre_plan, peak_bytes, FIELD_SIZE),
+    FIELD(acre_plan, host_bytes, FIELD_SIZE),
+    CHOICE(acre_plan, l2, PLACES),
 };
 const record record_plan = RECORD("plan", PLAN_FIELDS);
 

@@ -2,7 +2,8 @@
  *
  * It leaves through DLPack, the buffer protocol and numpy(). NumPy and the buffer
  * protocol have no bfloat16: there its elements are the 16 bits as uint16, and numpy()
- * converts. */
+ * converts. A tensor on a GPU leaves there through DLPack without a copy; what wants it on the
+ * host gets a copy, made once. */
 #include <stdlib.h>
 
 #include "arguments.h"
@@ -12,11 +13,13 @@
 typedef struct tensor_object {
   PyObject_HEAD acre_array view;
   acre_buffer *owner;
+  PyObject *engine;
+  _Atomic(acre_buffer *) home; /* a copy on the host of what lies on a GPU; NULL: not yet */
   Py_ssize_t shape[ACRE_MAX_DIMS], byte_strides[ACRE_MAX_DIMS]; /* for Py_buffer */
 } tensor_object;
 
-PyObject *tensor_new(const binding_state *state, const acre_array *view,
-                     acre_buffer *owner) {
+PyObject *tensor_new(const binding_state *state, const acre_array *view, acre_buffer *owner,
+                     PyObject *engine) {
   tensor_object *self = (tensor_object *)state->tensor->tp_alloc(state->tensor, 0);
   if (!self) {
     acre_buffer_release(owner);
@@ -24,6 +27,8 @@ PyObject *tensor_new(const binding_state *state, const acre_array *view,
   }
   self->view = *view;
   self->owner = owner;
+  self->engine = Py_NewRef(engine);
+  atomic_init(&self->home, NULL);
   for (int i = 0; i < view->ndim; ++i) {
     self->shape[i] = (Py_ssize_t)view->shape[i];
     self->byte_strides[i] =
@@ -32,8 +37,9 @@ PyObject *tensor_new(const binding_state *state, const acre_array *view,
   return (PyObject *)self;
 }
 
-static int tensor_traverse(PyObject *self, visitproc visit, void *arg) {
+static int tensor_traverse(tensor_object *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
+  Py_VISIT(self->engine);
   return 0;
 }
 
@@ -41,6 +47,8 @@ static void tensor_dealloc(tensor_object *self) {
   PyTypeObject *type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
   acre_buffer_release(self->owner);
+  acre_buffer_release(atomic_load(&self->home));
+  Py_XDECREF(self->engine);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -49,6 +57,37 @@ static int64_t element_count(const acre_array *view) {
   int64_t count = 1;
   for (int i = 0; i < view->ndim; ++i) count *= view->shape[i];
   return count;
+}
+
+static acre_engine *engine_of(const tensor_object *self) {
+  return ((engine_object *)self->engine)->engine;
+}
+
+/* The view on the host, and who owns that (borrowed). Two threads may both copy; one copy
+ * stays. */
+static int at_home(tensor_object *self, acre_array *view, acre_buffer **owner) {
+  *view = self->view;
+  *owner = self->owner;
+  if (!view->on_device) return 0;
+  acre_buffer *home = atomic_load(&self->home), *made;
+  view->on_device = false;
+  if (!home) {
+    acre_array copy = self->view;
+    acre_error error;
+    acre_status status;
+    WITHOUT_GIL(status = acre_engine_copy(engine_of(self), &copy, true, &made, &error));
+    if (status != ACRE_OK) {
+      errors_raise(state_of((PyObject *)self), &error);
+      return -1;
+    }
+    if (atomic_compare_exchange_strong(&self->home, &home, made))
+      home = made;
+    else
+      acre_buffer_release(made);
+  }
+  view->data = acre_buffer_data(home);
+  *owner = home;
+  return 0;
 }
 
 /* ------------------------------------------------------------------ buffer protocol */
@@ -71,7 +110,6 @@ static const char *refusal(const Py_buffer *view, int flags) {
 static int tensor_getbuffer(tensor_object *self, Py_buffer *out, int flags) {
   size_t item_size = acre_dtype_size(self->view.dtype);
   *out = (Py_buffer){
-      .buf = (void *)self->view.data,
       .len = (Py_ssize_t)(element_count(&self->view) * (int64_t)item_size),
       .itemsize = (Py_ssize_t)item_size,
       .readonly = 1,
@@ -85,6 +123,10 @@ static int tensor_getbuffer(tensor_object *self, Py_buffer *out, int flags) {
     PyErr_SetString(PyExc_BufferError, reason);
     return -1;
   }
+  acre_array home;
+  acre_buffer *owner;
+  if (at_home(self, &home, &owner) < 0) return -1;
+  out->buf = (void *)home.data;
   if (!(flags & PyBUF_FORMAT)) out->format = NULL;
   if ((flags & PyBUF_STRIDES) != PyBUF_STRIDES) out->strides = NULL;
   if (!(flags & PyBUF_ND)) out->shape = NULL;
@@ -123,43 +165,39 @@ static PyObject *tensor_numpy(tensor_object *self, PyObject *unused) {
     return array;
   }
   Py_buffer buffer;
-  PyObject *array = result_array("float32", self->view.ndim, self->view.shape, &buffer);
+  acre_array home;
+  acre_buffer *owner;
+  if (at_home(self, &home, &owner) < 0) return NULL;
+  PyObject *array = result_array("float32", home.ndim, home.shape, &buffer);
   if (!array) return NULL;
-  WITHOUT_GIL(copy_elements(&self->view, buffer.buf, true));
+  WITHOUT_GIL(copy_elements(&home, buffer.buf, true));
   PyBuffer_Release(&buffer);
   return array;
 }
 
-/* A compact copy of the view in bytes of its own; *owner is the caller's reference. */
-static int copy_view(const tensor_object *self, acre_array *view, acre_buffer **owner) {
+/* A copy of the view in memory of its own, on the host or where it lies. *owner is the caller's
+ * reference. */
+static int copy_view(const tensor_object *self, acre_array *view, bool to_host,
+                     acre_buffer **owner) {
   *view = self->view;
-  size_t size = (size_t)element_count(view) * acre_dtype_size(view->dtype);
-  void *bytes = malloc(size ? size : 1);
-  if (!bytes) {
-    PyErr_NoMemory();
-    return -1;
-  }
   acre_error error;
-  if (acre_buffer_wrap(owner, bytes, size, free, bytes, &error) != ACRE_OK) {
-    free(bytes);
-    errors_raise(state_of((PyObject *)self), &error);
-    return -1;
-  }
-  WITHOUT_GIL(copy_elements(&self->view, bytes, false));
-  view->data = bytes;
-  int64_t stride = 1;
-  for (int i = view->ndim; i-- > 0;) {
-    view->strides[i] = stride;
-    stride *= view->shape[i];
-  }
-  return 0;
+  acre_status status;
+  WITHOUT_GIL(status = acre_engine_copy(engine_of(self), view, to_host, owner, &error));
+  if (status == ACRE_OK) return 0;
+  errors_raise(state_of((PyObject *)self), &error);
+  return -1;
 }
 
 /* ------------------------------------------------------------------ DLPack */
 
 typedef struct dlpack_request {
-  bool versioned, copy;
+  bool versioned, copy, no_copy, to_host;
 } dlpack_request;
+
+static dlpack_device device_of(const tensor_object *self) {
+  if (!self->view.on_device) return (dlpack_device){DLPACK_CPU, 0};
+  return dlpack_device_of(engine_of(self));
+}
 
 static int read_pair(PyObject *object, const char *name, int64_t *first, int64_t *second) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2)
@@ -168,45 +206,64 @@ static int read_pair(PyObject *object, const char *name, int64_t *first, int64_t
   return argument_int64(PyTuple_GET_ITEM(object, 1), name, second);
 }
 
-static int read_request(PyObject *args, PyObject *kwargs, dlpack_request *request) {
+/* Where the consumer wants it: where it lies, or on the host. */
+static int read_device(const tensor_object *self, PyObject *device,
+                       dlpack_request *request) {
+  dlpack_device own = device_of(self);
+  int64_t type = own.type, id = own.id;
+  if (device != Py_None && read_pair(device, "dl_device", &type, &id) < 0) return -1;
+  request->to_host = type == DLPACK_CPU && id == 0;
+  if (request->to_host || (type == own.type && id == own.id)) return 0;
+  if (own.type == DLPACK_CPU)
+    PyErr_Format(PyExc_BufferError, "dl_device: got %R, expected the cpu, (1, 0)", device);
+  else
+    PyErr_Format(PyExc_BufferError,
+                 "dl_device: got %R, expected (2, %d) or the cpu, (1, 0)", device, own.id);
+  return -1;
+}
+
+static int read_request(const tensor_object *self, PyObject *args, PyObject *kwargs,
+                        dlpack_request *request) {
   static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
   PyObject *stream = Py_None, *version = Py_None, *device = Py_None, *copy = Py_None;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream,
                                    &version, &device, &copy))
     return -1;
-  int64_t major = 0, minor = 0, type = DLPACK_CPU, id = 0;
+  int64_t major = 0, minor = 0;
   if (version != Py_None && read_pair(version, "max_version", &major, &minor) < 0)
     return -1;
-  if (device != Py_None && read_pair(device, "dl_device", &type, &id) < 0) return -1;
   if (copy != Py_None && argument_bool(copy, "copy", &request->copy) < 0) return -1;
+  request->no_copy = copy != Py_None && !request->copy;
   request->versioned = major >= 1;
-  if (stream != Py_None)
-    PyErr_Format(PyExc_BufferError, "stream: got %R, expected None on the cpu", stream);
-  else if (type != DLPACK_CPU || id != 0)
-    PyErr_Format(PyExc_BufferError, "dl_device: got %R, expected the cpu, (1, 0)", device);
-  else
-    return 0;
+  if (dlpack_check_stream(stream, device_of(self).type) < 0) return -1;
+  if (read_device(self, device, request) < 0) return -1;
+  if (!request->to_host || !request->no_copy || !self->view.on_device) return 0;
+  PyErr_SetString(PyExc_BufferError,
+                  "copy: got False, but from a GPU to the cpu there is no way without");
   return -1;
 }
 
 static PyObject *tensor_dlpack(tensor_object *self, PyObject *args, PyObject *kwargs) {
-  dlpack_request request = {false, false};
-  if (read_request(args, kwargs, &request) < 0) return NULL;
-  if (!request.copy)
-    return dlpack_export(&self->view, self->owner, request.versioned,
-                         DLPACK_FLAG_READ_ONLY);
-  acre_array view;
-  acre_buffer *owner;
-  if (copy_view(self, &view, &owner) < 0) return NULL;
-  PyObject *capsule = dlpack_export(&view, owner, request.versioned, DLPACK_FLAG_COPIED);
+  dlpack_request request = {false};
+  if (read_request(self, args, kwargs, &request) < 0) return NULL;
+  acre_array view = self->view;
+  acre_buffer *owner = self->owner;
+  dlpack_device device = request.to_host ? (dlpack_device){DLPACK_CPU, 0} : device_of(self);
+  if (!request.copy) {
+    if (request.to_host && at_home(self, &view, &owner) < 0) return NULL;
+    return dlpack_export(&view, owner, device, request.versioned, DLPACK_FLAG_READ_ONLY);
+  }
+  if (copy_view(self, &view, request.to_host, &owner) < 0) return NULL;
+  PyObject *capsule =
+      dlpack_export(&view, owner, device, request.versioned, DLPACK_FLAG_COPIED);
   acre_buffer_release(owner);
   return capsule;
 }
 
 static PyObject *tensor_dlpack_device(tensor_object *self, PyObject *unused) {
-  (void)self;
   (void)unused;
-  return Py_BuildValue("(ii)", DLPACK_CPU, 0);
+  dlpack_device device = device_of(self);
+  return Py_BuildValue("(ii)", device.type, device.id);
 }
 
 /* ------------------------------------------------------------------ attributes */
@@ -244,6 +301,12 @@ static PyObject *tensor_nbytes(tensor_object *self, void *closure) {
                              (int64_t)acre_dtype_size(self->view.dtype));
 }
 
+static PyObject *tensor_device(tensor_object *self, void *closure) {
+  (void)closure;
+  return PyUnicode_FromString(self->view.on_device ? acre_engine_device(engine_of(self))
+                                                   : "cpu");
+}
+
 /* ------------------------------------------------------------------ type */
 
 PyDoc_STRVAR(numpy_doc,
@@ -255,11 +318,13 @@ PyDoc_STRVAR(dlpack_doc,
              "copy=None)\n--\n\n"
              "A DLPack capsule: versioned and marked read-only from max_version (1, 0)\n"
              "on, else a legacy one, which must be treated as read-only. copy=True gives\n"
-             "writable bytes of the consumer's own. Raises BufferError for a stream or a\n"
-             "device other than the cpu.");
+             "writable bytes of the consumer's own. On a GPU the bytes are complete for\n"
+             "every stream, so that none is waited for; stream=0 is refused, and\n"
+             "dl_device=(1, 0) gives a copy on the cpu. Raises BufferError for any other\n"
+             "device than the tensor's, and for a stream on the cpu.");
 PyDoc_STRVAR(device_doc,
              "__dlpack_device__($self, /)\n--\n\n"
-             "(1, 0): the cpu.");
+             "(1, 0): the cpu, or (2, N): GPU N.");
 PyDoc_STRVAR(tensor_doc,
              "A read-only view of a cache tensor [rows, g, d], made by Cache.view().\n\n"
              "It keeps the bytes alive. Exports DLPack and the buffer protocol (bfloat16\n"
@@ -277,6 +342,8 @@ static PyGetSetDef tensor_getset[] = {
     {"strides", (getter)tensor_strides, NULL, PyDoc_STR("In elements."), NULL},
     {"dtype", (getter)tensor_dtype, NULL, PyDoc_STR("'f32' or 'bf16'."), NULL},
     {"nbytes", (getter)tensor_nbytes, NULL, PyDoc_STR("Bytes of the elements."), NULL},
+    {"device", (getter)tensor_device, NULL,
+     PyDoc_STR("Where it lies: 'cpu' or the engine's 'cuda:N'."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

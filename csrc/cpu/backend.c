@@ -5,6 +5,7 @@
 #include "cpu.h"
 #include "matmul.h"
 #include "rows.h"
+#include "tensor.h"
 
 #define ROWS_MAX 512         /* rows of a forward pass: weights are widened once for them */
 #define COPY_GRAIN (1 << 20) /* bytes of a copy that are worth a task */
@@ -88,6 +89,9 @@ static acre_status queue_sync(acre_queue *queue, acre_error *error) {
   return ACRE_OK;
 }
 
+/* Everything has happened when its call returns. */
+static void follow(acre_queue *later, acre_queue *earlier) { (void)later, (void)earlier; }
+
 /* ---------------------------------------------------------------- bytes */
 
 static void copy_part(const rows_job *job, int64_t first, int64_t count) {
@@ -107,6 +111,37 @@ static void upload(acre_queue *queue, void *dst, const void *host, size_t bytes)
 
 static void download(acre_queue *queue, void *host, const void *src, size_t bytes) {
   copy_bytes(queue, host, src, bytes);
+}
+
+/* Of what lies on the device everything lies on the host. */
+static void *stream(acre_backend *backend) {
+  (void)backend;
+  return NULL;
+}
+
+static acre_status fetch(acre_backend *backend, void *host, const void *src, size_t bytes,
+                         acre_error *error) {
+  (void)backend, (void)error;
+  if (bytes) memcpy(host, src, bytes);
+  return ACRE_OK;
+}
+
+static void store_array(acre_backend *backend, void *dst, acre_dtype dtype,
+                        const acre_array *array, bool *finite) {
+  (void)backend;
+  int64_t rows = array->ndim == 1 ? 1 : array->shape[0];
+  int64_t columns = array->shape[array->ndim - 1];
+  float *row = acre_alloc((size_t)columns * sizeof *row);
+  if (!row) {
+    *finite = false;
+    return;
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    acre_array_row(row, array, i);
+    char *to = (char *)dst + (size_t)(i * columns) * acre_dtype_size(dtype);
+    *finite &= acre_store_row(to, dtype, row, columns);
+  }
+  acre_free(row);
 }
 
 static void copy_some_spans(const rows_job *job, int64_t first, int64_t count) {
@@ -364,13 +399,19 @@ static void destroy(acre_backend *backend) {
 static const acre_backend_ops cpu_ops = {
     .name = "cpu",
     .alloc = acre_cpu_alloc,
+    .alloc_host = acre_cpu_alloc,
     .available = available,
     .destroy = destroy,
     .queue_open = queue_open,
+    .mover_open = queue_open,
     .queue_close = queue_close,
     .sync = queue_sync,
+    .follow = follow,
     .upload = upload,
     .download = download,
+    .stream = stream,
+    .fetch = fetch,
+    .store_array = store_array,
     .matrix_create = acre_cpu_matrix_create,
     .matrix_release = acre_cpu_matrix_release,
     .matrix_fill = acre_cpu_matrix_fill,

@@ -52,11 +52,6 @@ void *acre_apart_alloc(size_t bytes) {
   return apart.memory + apart.blocks[apart.count - 1].first;
 }
 
-bool acre_apart_has(const void *memory) {
-  size_t at = (size_t)((const char *)memory - apart.memory);
-  return apart.memory && at < apart.end;
-}
-
 /* Whether it was one of these. */
 bool acre_apart_free(void *memory) {
   for (int i = 0; i < apart.count; i++) {

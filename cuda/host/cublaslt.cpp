@@ -150,6 +150,7 @@ int cublasLtMatmul(lt_handle, lt_desc d, const void *alpha, const void *a, lt_la
   if (!fit(d, A, B, C) || c != out || C->step != D->step) return INVALID;
   float by = *(const float *)alpha, old = *(const float *)beta;
   uint64_t inner = size_of(A, d->a_op, false);
+  stream->settle(stream);
   stream->access(true);
   for (uint64_t j = 0; j < C->columns; j++) {
     for (uint64_t i = 0; i < C->rows; i++) {

@@ -1,7 +1,8 @@
 /* The CUDA runtime on a machine without one: just as much of it as the sources of cuda/ use,
  * so that the same kernels run, checked, on any host (host/run.cpp).
  *
- * Device memory is host memory, copies happen at once, and a kernel's threads are fibers.
+ * Device memory is host memory, a stream does everything at once or when it likes (stream.cpp),
+ * and a kernel's threads are fibers.
  * What a kernel may not do on a device either (a barrier that some threads never reach, a
  * shuffle by lanes that are not there, shared memory beyond what the launch asked for) ends
  * the launch with an error. Only dynamic shared memory exists here: `__shared__` is not
@@ -22,9 +23,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-struct __align__(16) uint4 {
-  unsigned x, y, z, w;
-};
+struct __align__(16) uint4 { unsigned x, y, z, w; };
 
 struct dim3 {
   unsigned x, y, z;
@@ -46,7 +45,12 @@ enum cudaError_t {
 };
 
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
-enum cudaMemoryType { cudaMemoryTypeUnregistered = 0, cudaMemoryTypeDevice = 2 };
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered = 0,
+  cudaMemoryTypeHost = 1,
+  cudaMemoryTypeDevice = 2,
+  cudaMemoryTypeManaged = 3,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -54,18 +58,29 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
 
 struct cudaPointerAttributes {
   cudaMemoryType type;
+  void *devicePointer;
 };
 
+/* Its first members are for libraries that touch device memory by themselves: they settle the
+ * stream, so that what was asked of it before is done, and open access. */
 typedef struct acre_host_stream {
-  void (*access)(bool begins); /* for libraries that touch device memory by themselves */
+  void (*access)(bool begins);
+  void (*settle)(struct acre_host_stream *);
   /* What such a library has put on the stream, and goes on with when the stream is looked at:
    * true when it is through. NULL: nothing. */
   bool (*work)(void *context);
   void *context;
+  struct acre_host_task *first, *last;
+  int64_t asked, done; /* tasks so far */
+  int64_t references;  /* the stream itself, and tasks of others that wait for it */
+  cudaError_t failed;  /* of the first task that did, until it is told */
+  bool late;           /* in disorder: rests until somebody waits */
+  struct acre_host_stream *next;
 } *cudaStream_t;
 typedef struct acre_host_event *cudaEvent_t;
 
@@ -90,11 +105,22 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t acre_host_malloc(void **out, size_t bytes, bool device);
+cudaError_t acre_host_result(
+    void); /* success, but for the one call that must not succeed */
+/* What the runtime gave that memory as; unregistered: not the runtime's. */
+cudaMemoryType acre_host_memory(const void *memory);
+/* `run` with a copy of these bytes, in the stream's order; at once, and then with its result,
+ * unless there is disorder. */
+cudaError_t acre_host_enqueue(cudaStream_t stream, cudaError_t (*run)(const void *),
+                              const void *bytes, size_t size);
+bool acre_host_in_disorder(void);
+void acre_host_settle_all(void); /* waits for every stream */
 /* What a device does with its memory happens between these two. */
 void acre_host_access(bool begins);
 }
@@ -177,6 +203,12 @@ static inline T __shfl_sync(unsigned mask, T value, int source) {
   return acre_host_shuffle(mask, value, source % 32, ACRE_WAIT_SHUFFLE);
 }
 
+static inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 static inline float __uint_as_float(unsigned bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
@@ -193,21 +225,41 @@ static inline T min(T a, T b) {
 extern "C" cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
                                      void (*call)(const void *), const void *arguments);
 
+/* The call of a kernel, whole, so that it may be run later. */
 template <class... P>
 struct acre_host_call {
+  const char *name;
+  dim3 grid, block;
+  size_t shared;
   void (*kernel)(P...);
   std::tuple<P...> arguments;
-  static void run(const void *call) {
+  static void apply(const void *call) {
     const acre_host_call *self = (const acre_host_call *)call;
     std::apply(self->kernel, self->arguments);
+  }
+  static cudaError_t run(const void *call) {
+    const acre_host_call *self = (const acre_host_call *)call;
+    return acre_host_run(self->name, self->grid, self->block, self->shared, apply, call);
   }
 };
 
 template <class... P, class... A>
+cudaError_t acre_host_launch_on(cudaStream_t stream, const char *name, void (*kernel)(P...),
+                                dim3 grid, dim3 block, size_t shared, A... arguments) {
+  acre_host_call<P...> call = {name,   grid,   block,
+                               shared, kernel, std::tuple<P...>(arguments...)};
+  cudaError_t refused = acre_host_result();
+  if (refused != cudaSuccess) return refused;
+  return acre_host_enqueue(stream, acre_host_call<P...>::run, &call, sizeof call);
+}
+
+/* The same at once, for tests of kernels alone. */
+template <class... P, class... A>
 cudaError_t acre_host_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
                              size_t shared, A... arguments) {
-  acre_host_call<P...> call = {kernel, std::tuple<P...>(arguments...)};
-  return acre_host_run(name, grid, block, shared, acre_host_call<P...>::run, &call);
+  acre_host_call<P...> call = {name,   grid,   block,
+                               shared, kernel, std::tuple<P...>(arguments...)};
+  return acre_host_call<P...>::run(&call);
 }
 
 #endif

@@ -24,6 +24,13 @@ int64_t acre_host_conflicts(void);  /* of banks that matrix instructions met, so
 void acre_host_fail(int error,
                     int64_t call); /* the call-th of the calls that can, from 1 */
 
+/* The device has so many bytes in all, and gives no more; 0: whatever the host has. */
+void acre_host_limit(size_t bytes);
+/* From now on streams do what is asked of them at once for a while, and then for a while not
+ * before somebody waits, by turns that this seed decides; 0: everything at once, as at first.
+ * For one thread at a time. */
+void acre_host_disorder(uint64_t seed);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,9 +1,10 @@
-/* The runtime's calls on the host: memory is memory, and a stream does everything at once.
+/* The runtime's calls on the host: devices, and memory that is memory.
  *
  * Memory comes from acre_alloc, so the tests of leaks and of memory that runs out hold here,
- * too. A call can be made to fail (host.h). Of memory that it did not give itself the runtime
- * says now that it lies on the device, now that it does not: both are true here, and both
- * ways of copying must be right.
+ * too. A call can be made to fail (host.h). Of memory that it did not give itself, or gave as
+ * the device's, the runtime says now that it lies on the device, now that it does not: both
+ * are true here, and both ways of copying must be right. Where streams are in disorder it says
+ * the truth: what lies on the host is read at once.
  *
  * With ACRE_HOST_APART in the environment device memory can be touched by kernels and copies
  * alone, as on a device: whoever else does is stopped. For one thread at a time. */
@@ -12,9 +13,7 @@
 #include "host.h"
 #include "platform.h"
 
-struct acre_host_event {
-  int unused;
-};
+#include <pthread.h>
 
 acre_host_machine acre_host_is = {13000, 1, 8, 0, 0};
 
@@ -35,13 +34,39 @@ cudaError_t result(cudaError_t error = cudaSuccess) {
   return error;
 }
 
-template <class T>
-cudaError_t create(T **out) {
-  *out = NULL;
-  cudaError_t error = result();
-  if (error != cudaSuccess) return error;
-  *out = (T *)acre_alloc_zero(sizeof **out);
-  return *out ? cudaSuccess : result(cudaErrorMemoryAllocation);
+/* What was given and is still held. */
+struct block {
+  const char *memory;
+  size_t bytes;
+  cudaMemoryType type;
+};
+
+constexpr int BLOCKS = 4096;
+block blocks[BLOCKS];
+int block_count;
+size_t device_bytes, device_limit;
+pthread_mutex_t of_blocks = PTHREAD_MUTEX_INITIALIZER;
+
+bool keep(const void *memory, size_t bytes, cudaMemoryType type) {
+  pthread_mutex_lock(&of_blocks);
+  bool device = type == cudaMemoryTypeDevice;
+  bool room = block_count < BLOCKS &&
+              (!device || !device_limit || device_bytes + bytes <= device_limit);
+  if (room) blocks[block_count++] = {(const char *)memory, bytes, type};
+  if (room && device) device_bytes += bytes;
+  pthread_mutex_unlock(&of_blocks);
+  return room;
+}
+
+void forget(const void *memory) {
+  pthread_mutex_lock(&of_blocks);
+  for (int i = 0; i < block_count; i++)
+    if (blocks[i].memory == memory) {
+      if (blocks[i].type == cudaMemoryTypeDevice) device_bytes -= blocks[i].bytes;
+      blocks[i] = blocks[--block_count];
+      break;
+    }
+  pthread_mutex_unlock(&of_blocks);
 }
 
 }  // namespace
@@ -54,6 +79,8 @@ cudaError_t acre_host_result(void) { return result(); }
 size_t acre_host_shared_most(void) {
   return (size_t)(acre_host_is.major == 9 ? 227 : 99) * 1024;
 }
+
+void acre_host_limit(size_t bytes) { device_limit = bytes; }
 
 void acre_host_fail(int error, int64_t call) { fail_error = error, fail_countdown = call; }
 
@@ -121,12 +148,24 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
-  *available = acre_host_is.available ? acre_host_is.available : acre_memory_available();
-  *total = *available;
+  size_t most = acre_host_is.available ? acre_host_is.available : acre_memory_available();
+  *total = device_limit ? device_limit : most;
+  *available = device_limit ? device_limit - device_bytes : most;
   return result();
 }
 
 void acre_host_access(bool begins) { acre_apart_access(begins); }
+
+cudaMemoryType acre_host_memory(const void *memory) {
+  cudaMemoryType type = cudaMemoryTypeUnregistered;
+  pthread_mutex_lock(&of_blocks);
+  for (int i = 0; i < block_count; i++) {
+    size_t at = (size_t)((const char *)memory - blocks[i].memory);
+    if (at < blocks[i].bytes) type = blocks[i].type;
+  }
+  pthread_mutex_unlock(&of_blocks);
+  return type;
+}
 
 cudaError_t acre_host_malloc(void **out, size_t bytes, bool device_memory) {
   *out = NULL;
@@ -134,6 +173,10 @@ cudaError_t acre_host_malloc(void **out, size_t bytes, bool device_memory) {
   if (error != cudaSuccess) return error;
   *out = device_memory && acre_apart_wanted() ? acre_apart_alloc(bytes) : acre_alloc(bytes);
   if (!*out) return result(cudaErrorMemoryAllocation);
+  if (!keep(*out, bytes, device_memory ? cudaMemoryTypeDevice : cudaMemoryTypeHost)) {
+    cudaFreeHost(*out);
+    return result(cudaErrorMemoryAllocation);
+  }
   acre_host_access(true);
   memset(*out, 0xff, bytes < POISONED ? bytes : POISONED); /* nobody may count on zeros */
   acre_host_access(false);
@@ -141,56 +184,24 @@ cudaError_t acre_host_malloc(void **out, size_t bytes, bool device_memory) {
 }
 
 cudaError_t cudaFree(void *memory) {
+  acre_host_settle_all();
+  return cudaFreeHost(memory);
+}
+
+/* Waits for nobody. */
+cudaError_t cudaFreeHost(void *memory) {
+  forget(memory);
   if (!acre_apart_free(memory)) acre_free(memory);
   return cudaSuccess;
 }
 
-cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
-
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  cudaError_t error = result();
-  acre_host_access(true);
-  if (error == cudaSuccess) memcpy(to, from, bytes);
-  acre_host_access(false);
-  return error;
-}
-
-cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
-  cudaError_t error = result();
-  acre_host_access(true);
-  if (error == cudaSuccess) memset(to, value, bytes);
-  acre_host_access(false);
-  return error;
-}
-
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *memory) {
-  if (acre_apart_wanted()) {
-    out->type = acre_apart_has(memory) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  out->type = acre_host_memory(memory);
+  out->devicePointer = out->type ? (void *)memory : NULL;
+  if (out->type == cudaMemoryTypeHost || acre_apart_wanted() || acre_host_in_disorder())
     return cudaSuccess;
-  }
   told = told * 6364136223846793005u + 1442695040888963407u;
   out->type = told >> 63 ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
-  cudaError_t error = create(out);
-  if (error == cudaSuccess) (*out)->access = acre_host_access;
-  return error;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaFree(stream); }
-cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  if (stream->work && stream->work(stream->context)) stream->work = NULL;
-  return result(stream->work ? cudaErrorNotReady : cudaSuccess);
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  while (stream->work && !stream->work(stream->context)) acre_sleep(1e-4);
-  stream->work = NULL;
-  return result();
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return create(out); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return cudaFree(event); }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return result(); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return result(); }
 }

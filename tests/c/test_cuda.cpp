@@ -347,6 +347,83 @@ void test_failing_open(void) {
   CHECK(done);
 }
 
+/* ------------------------------------------------------------------ queues that follow */
+
+/* Three times numbers are made at `from` on one queue, and copied away from there by another,
+ * which follows it (`behind`) or does not; and what is made next follows the copy (`before`) or
+ * does not. How many copies are not of what they should be of. */
+int wrong_copies(acre_queue *maker, acre_queue *mover, float *from, float *to, bool behind,
+                 bool before) {
+  constexpr int N = 16, TIMES = 3;
+  int wrong = 0;
+  float made[TIMES][N], got[TIMES][N];
+  for (int round = 0; round < 60; round++) {
+    for (int i = 0; i < TIMES; i++) {
+      for (float &x : made[i]) x = (float)(round * TIMES + i);
+      if (before) ops->follow(maker, mover);
+      ops->upload(maker, from, made[i], sizeof made[i]);
+      if (behind) ops->follow(mover, maker);
+      acre_span all = {from, 0, 1};
+      ops->copy_rows(mover, to + i * N, &all, 1, sizeof made[i]);
+    }
+    ops->download(mover, got, to, sizeof got);
+    for (int i = 0; i < TIMES; i++) wrong += memcmp(got[i], made[i], sizeof made[i]) != 0;
+    CHECK(ops->sync(maker, NULL) == ACRE_OK);
+  }
+  return wrong;
+}
+
+/* The host finds an order that is missing, in either direction; with both none is. Into pinned
+ * memory, of which the device reads as of its own. */
+void test_follow(void) {
+  acre_queue *mover;
+  acre_buffer *from, *pinned;
+  int without[2] = {0, 0}, with = 0;
+  CHECK(ops->alloc(backend, &from, 64 * sizeof(float), NULL) == ACRE_OK);
+  CHECK(ops->alloc_host(backend, &pinned, 48 * sizeof(float), NULL) == ACRE_OK);
+  CHECK(acre::device_reads(acre_buffer_data(pinned)));
+  CHECK(backend->host.held == 48 * sizeof(float));
+  float *x = (float *)acre_buffer_data(from), *y = (float *)acre_buffer_data(pinned);
+  for (uint64_t seed = 1; seed < 9; seed++) {
+    acre_host_disorder(seed);
+    CHECK(ops->mover_open(backend, &mover, NULL) == ACRE_OK);
+    without[0] += wrong_copies(queue, mover, x, y, false, true);
+    without[1] += wrong_copies(queue, mover, x, y, true, false);
+    with += wrong_copies(queue, mover, x, y, true, true);
+    ops->queue_close(mover);
+  }
+  acre_host_disorder(0);
+  CHECK(without[0] > 20 && without[1] > 20 && with == 0);
+  acre_buffer_release(from), acre_buffer_release(pinned);
+  CHECK(backend->host.held == 0);
+}
+
+/* A failure goes with those who follow, and no further. */
+void test_failure_follows(void) {
+  acre_queue *first, *later, *other;
+  acre_error error = {};
+  float host[4] = {1, 2, 3, 4}, x[4];
+  CHECK(ops->queue_open(backend, &first, NULL) == ACRE_OK);
+  CHECK(ops->mover_open(backend, &later, NULL) == ACRE_OK);
+  CHECK(ops->mover_open(backend, &other, NULL) == ACRE_OK);
+  acre_host_fail(cudaErrorIllegalAddress, 1);
+  ops->upload(first, x, host, sizeof host);
+  acre_host_fail(0, 0);
+  ops->follow(later, first);
+  ops->follow(other, queue);
+  CHECK(ops->sync(later, &error) == ACRE_DEVICE &&
+        strstr(error.message, "cudaMemcpyAsync"));
+  CHECK(ops->sync(first, &error) == ACRE_DEVICE);
+  CHECK(ops->sync(other, &error) == ACRE_OK);
+  acre_host_fail(cudaErrorInvalidValue, 2); /* recorded, and not waited for */
+  ops->follow(other, queue);
+  acre_host_fail(0, 0);
+  CHECK(ops->sync(other, &error) == ACRE_DEVICE &&
+        strstr(error.message, "cudaStreamWaitEvent"));
+  CHECK(ops->sync(queue, &error) == ACRE_OK);
+  ops->queue_close(first), ops->queue_close(later), ops->queue_close(other);
+}
+
 /* ------------------------------------------------------------------ refusals */
 
 void refused(acre_host_machine machine, acre_status status, const char *words) {
@@ -397,6 +474,8 @@ int main(int argc, char **argv) {
   test_odd_places();
   test_failure(1, "cudaMemcpyAsync");
   test_failure(2, "round_kernel");
+  test_follow();
+  test_failure_follows();
   test_memory();
   test_available();
   test_failing_open();
