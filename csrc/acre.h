@@ -280,7 +280,8 @@ ACRE_API int64_t acre_builder_tokens(const acre_builder *builder); /* n, in all 
  * Finished when they are equal. After ACRE_DEVICE only release is allowed. */
 ACRE_API acre_status acre_builder_step(acre_builder *builder, int64_t *done, int64_t *total,
                                        acre_error *error);
-/* Ends a finished build. The builder is spent: only release is allowed afterwards. */
+/* Ends a finished build. The builder is spent: only release is allowed afterwards, also where
+ * memory runs out half-way. */
 ACRE_API acre_status acre_builder_freeze(acre_builder *builder, acre_cache **out,
                                          acre_error *error);
 ACRE_API void acre_builder_release(acre_builder *builder);

@@ -101,6 +101,7 @@ void acre_cpu_score(acre_queue *queue, float *scores, const float *q, int64_t q_
 /* score_back.c */
 void acre_cpu_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float *dk,
                          const float *pull, const void *q, const void *keys,
-                         const uint8_t *use, int64_t t, int64_t m, const acre_heads *heads);
+                         const uint8_t *use, int64_t t, int64_t m,
+                         const acre_heads *heads);
 
 #endif

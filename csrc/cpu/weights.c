@@ -231,7 +231,7 @@ void acre_cpu_matrix_set(acre_queue *queue, acre_matrix *W, int64_t row, const f
                          int64_t rows) {
   (void)queue;
   bool finite;
-  acre_array host = {x, ACRE_F32, 2, {rows, W->K}, {W->K, 1}};
+  acre_array host = {x, ACRE_F32, 2, {rows, W->K}, {W->K, 1}, false};
   acre_cpu_matrix_fill(W, row, &host, &finite);
 }
 

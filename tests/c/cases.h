@@ -186,7 +186,7 @@ static inline float case_as(float x, acre_dtype dtype) {
 
 static inline acre_matrix *case_matrix(op_work *work, const float *w) {
   const op_case *c = &work->c;
-  acre_array array = {w, ACRE_F32, 2, {c->N, c->K}, {c->K, 1}};
+  acre_array array = {w, ACRE_F32, 2, {c->N, c->K}, {c->K, 1}, false};
   acre_matrix *W;
   bool finite = true;
   if (work->backend->ops->matrix_create(work->backend, &W, c->N, c->K, c->dtype, c->weights,

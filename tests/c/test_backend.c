@@ -20,8 +20,8 @@ static acre_matrix *make_matrix(int i, const float *w, int64_t N, int64_t K,
   CHECK(backends[i]->ops->matrix_create(backends[i], &matrix, N, K, dtype, weights, NULL) ==
         ACRE_OK);
   int64_t cut = N / 3; /* in two parts, neither on a panel's edge */
-  acre_array upper = {w, ACRE_F32, 2, {cut, K}, {K, 1}};
-  acre_array lower = {w + cut * K, ACRE_F32, 2, {N - cut, K}, {K, 1}};
+  acre_array upper = {w, ACRE_F32, 2, {cut, K}, {K, 1}, false};
+  acre_array lower = {w + cut * K, ACRE_F32, 2, {N - cut, K}, {K, 1}, false};
   backends[i]->ops->matrix_fill(matrix, 0, &upper, &finite);
   backends[i]->ops->matrix_fill(matrix, cut, &lower, &finite);
   CHECK(finite);
@@ -174,20 +174,20 @@ static void test_fill(int i) {
   acre_matrix *W;
   CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_F32, ACRE_WEIGHTS_SAME, NULL) ==
         ACRE_OK);
-  acre_array turned = {source + 1, ACRE_F64, 2, {4, 3}, {1, 8}};
+  acre_array turned = {source + 1, ACRE_F64, 2, {4, 3}, {1, 8}, false};
   bool finite = true;
   ops->matrix_fill(W, 0, &turned, &finite);
   float x[3] = {1, 10, 100}, y[4];
   ops->matmul(queues[i], y, 4, x, W, NULL, 1, false);
   for (int j = 0; j < 4; j++)
     CHECK(y[j] == (float)(source[1 + j] + 10 * source[9 + j] + 100 * source[17 + j]));
-  acre_array half = {halves, ACRE_F16, 2, {1, 3}, {3, 1}};
+  acre_array half = {halves, ACRE_F16, 2, {1, 3}, {3, 1}, false};
   ops->matrix_fill(W, 2, &half, &finite);
   ops->matmul(queues[i], y, 4, x, W, NULL, 1, false);
   CHECK(finite && y[2] == 1 - 50 + 100 * 0x1p-24f &&
         y[3] == (float)(source[4] + 10 * source[12] + 100 * source[20]));
   float bad[3] = {1, 2, NAN};
-  acre_array array = {bad, ACRE_F32, 2, {1, 3}, {3, 1}};
+  acre_array array = {bad, ACRE_F32, 2, {1, 3}, {3, 1}, false};
   ops->matrix_fill(W, 1, &array, &finite);
   CHECK(!finite);
   finite = true, bad[2] = 3.4e38f; /* fits float32, rounds to infinity in bfloat16 */
@@ -200,7 +200,7 @@ static void test_fill(int i) {
   CHECK(!finite);
   ops->matrix_release(W);
   float worse[6] = {1, NAN, -INFINITY, 0, 0, 0}; /* q8: told, and stored as something */
-  acre_array rows = {worse, ACRE_F32, 2, {2, 3}, {3, 1}};
+  acre_array rows = {worse, ACRE_F32, 2, {2, 3}, {3, 1}, false};
   CHECK(ops->matrix_create(backends[i], &W, 4, 3, ACRE_BF16, ACRE_WEIGHTS_Q8, NULL) ==
         ACRE_OK);
   finite = true;

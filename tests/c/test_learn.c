@@ -40,7 +40,7 @@ typedef struct matrix_case {
 static acre_matrix *make_matrix(int i, const matrix_case *c, const float *w) {
   acre_matrix *matrix;
   bool finite = true;
-  acre_array host = {w, ACRE_F32, 2, {c->N, c->K}, {c->K, 1}};
+  acre_array host = {w, ACRE_F32, 2, {c->N, c->K}, {c->K, 1}, false};
   CHECK(backends[i]->ops->matrix_create(backends[i], &matrix, c->N, c->K, c->dtype,
                                         c->weights, NULL) == ACRE_OK);
   backends[i]->ops->matrix_fill(matrix, 0, &host, &finite);
