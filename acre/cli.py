@@ -134,13 +134,12 @@ def model_path(arguments: argparse.Namespace) -> str | Path:
     return path
 
 
-def open_model(arguments: argparse.Namespace, device: str = "cpu") -> Model:
+def open_model(arguments: argparse.Namespace) -> Model:
     """The model of --model, or the demo's."""
     return Model.from_pretrained(
         model_path(arguments),
         dtype=arguments.dtype,
         adapter=arguments.adapter,
-        device=device,
         threads=arguments.threads,
         weights=arguments.weights,
         device=arguments.device,

@@ -39,7 +39,8 @@ def add_commands(commands: Any, model_options: Any) -> None:
     """Adds the two commands to the parser's."""
     train = commands.add_parser(
         "train", help="train the L1 parameters of a model",
-        description="Started by torchrun, srun or mpirun, the processes train as one.",
+        description="Started by torchrun, srun or mpirun, the processes train as one; "
+        "with --device cuda each takes a GPU of its own.",
     )  # fmt: skip
     train.add_argument("stage", choices=("stage1", "stage2"),
                        help="1: long texts; 2: questions about them")  # fmt: skip
@@ -72,9 +73,6 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--held-out", action="append", metavar="SOURCE",
                         help="data whose loss is measured")  # fmt: skip
-    parser.add_argument("--device", default="cpu",
-                        help="cpu, cuda or cuda:N; of several processes each takes "
-                        "a GPU of its own for cuda; default cpu")  # fmt: skip
     group = parser.add_argument_group("training")
     group.add_argument("--length", type=int, nargs="+", default=[16384],
                        metavar="N", help="of an example, or a range")  # fmt: skip
@@ -117,11 +115,11 @@ def command_train(arguments: argparse.Namespace) -> None:
     length = arguments.length
     if len(length) > 2:
         raise ValueError(f"length: got {len(length)} numbers, expected one or two")
+    arguments.device = own_device(arguments.device)
     options = {name.replace("-", "_"): None for name in NUMBERS}
     options = {name: getattr(arguments, name) for name in options}
     done = train(
-        open_model(arguments, own_device(arguments.device)),
-        arguments.stage, mix(arguments.data), arguments.out,
+        open_model(arguments), arguments.stage, mix(arguments.data), arguments.out,
         length=length[0] if len(length) == 1 else tuple(length),
         intervals=arguments.intervals, evidence_heads=arguments.evidence_heads,
         resume=arguments.resume,
