@@ -212,6 +212,20 @@ static void twice_the_same(int rank) {
   close_device(&d);
 }
 
+/* The library knows it by the time that its first call returns: what it left is given up. */
+static void fails_at_once(int rank) {
+  device d = open_device();
+  acre_peers *peers = NULL;
+  acre_error error = {0};
+  carry_id(&d, rank);
+  setenv("ACRE_HOST_NCCL_FAULT", "1", 1);
+  CHECK(d.ops->peers_open(d.queue, &peers, rank, 2, shared->id, &error) == ACRE_NO_PEER);
+  CHECK(!peers && strstr(error.message, "ncclCommInitRankConfig: remote process exited"));
+  unsetenv("ACRE_HOST_NCCL_FAULT");
+  parted(1);
+  close_device(&d);
+}
+
 /* The library finds it out by itself, when all meet or in a sum. */
 static void found_to_have_failed(int rank) {
   device d = open_device();
@@ -477,6 +491,7 @@ int main(void) {
   together(2, parts_alone, SIGKILL);
   together(1, nobody_comes, 0);
   together(1, twice_the_same, 0);
+  together(1, fails_at_once, 0);
   together(1, found_to_have_failed, 0);
   together(1, device_fails, 0);
   together(1, memory_runs_out, 0);
