@@ -480,8 +480,9 @@ ACRE_API acre_status acre_trainer_clear(acre_trainer *trainer, acre_error *error
  *
  * wait returns after `seconds` at the latest (0 to 1e6), *done or not: how long a silent peer is
  * waited for is the caller's choice. ACRE_NO_PEER: the peers are left, and after a share the
- * gradients are no sum: clear them. So does leave, which gives up what is under way and does
- * nothing where no peers are; releasing a trainer leaves them, too. */
+ * gradients are no sum: clear them. So does leave, which gives up what is under way, takes some
+ * seconds where the others do not leave, and does nothing where no peers are; releasing a trainer
+ * leaves them, too. */
 enum { ACRE_PEERS_ID = 128 }; /* bytes of an id */
 ACRE_API acre_status acre_trainer_invite(uint8_t *id, acre_trainer *trainer,
                                          acre_error *error);

@@ -203,6 +203,27 @@ def test_products_of_warpgroups_run_side_by_side():
     assert "serialized" not in log.read_text() and "C75" not in log.read_text()
 
 
+def test_numbers_of_nccl_are_the_library_s():
+    header = from_wheel("nccl/include/nccl.h")
+    if header is None:
+        pytest.skip("no nccl.h (nvidia-nccl-cu13)")
+    theirs = re.sub(r"\s+", " ", header.read_text())
+    ours = (ROOT / "cuda" / "nccl.h").read_text()
+    names = {"SUCCESS": "Success", "INVALID_ARGUMENT": "InvalidArgument",
+             "REMOTE_ERROR": "RemoteError", "IN_PROGRESS": "InProgress",
+             "FLOAT32": "Float32", "SUM": "Sum"}  # fmt: skip
+    for name, theirs_name in names.items():
+        number = re.search(rf"NCCL_{name} = (\d+)", ours)[1]
+        assert re.search(rf"\bnccl{theirs_name} = {number}\b", theirs), name
+    fields = "size_t size; unsigned int magic; unsigned int version;"
+    assert "0xcafebeef" in theirs and "NCCL_UNIQUE_ID_BYTES 128" in theirs
+    assert re.search(re.escape(fields) + r".{0,80} int blocking;", theirs)
+    found = re.findall(r"X\([^,]+, (nccl\w+)", ours)
+    assert len(found) == 10
+    for name in found:
+        assert re.search(rf"\b{name}\(", theirs), name
+
+
 def test_numbers_of_cublaslt_are_the_library_s():
     header = from_wheel("*/include/cublasLt.h")
     if header is None:

@@ -76,37 +76,37 @@ class OnDevices:
         self._trainer, self._group, self._limit = trainer, group, limit
 
     def sum(self, trainer: Shared) -> None:
-        """See `Adder`."""
-        trainer.share()
-        wait(trainer, self._group, "sum", self._limit)
+        """See `Adder`; whatever happens, the trainer does not go on waiting."""
+        try:
+            trainer.share()
+            wait(trainer, self._group, "sum", self._limit)
+        except BaseException:
+            trainer.leave()
+            raise
 
     def close(self) -> None:
         """Parts from the others."""
         self._trainer.leave()
 
 
-def wait(trainer: Shared, group: Group, what: str, limit: float = LIMIT) -> None:
+def wait(trainer: Shared, group: Group, what: str, limit: float) -> None:
     """Until what `trainer` began is through. ConnectionError where a peer has gone,
-    TimeoutError after `limit` seconds; the trainer has then left, as on Ctrl-C."""
+    TimeoutError after `limit` seconds: then leave()."""
     began, gone = time.monotonic(), None
-    try:
-        while not trainer.wait(LOOK):
-            now = time.monotonic()
-            if gone is None and not group.whole():
-                gone = now
-            if gone is not None and now >= gone + GRACE:
-                raise ConnectionError(
-                    f"rank {group.rank}: another rank has gone in the middle of a "
-                    f"{what} on the devices (its own message says why)"
-                )
-            if now >= began + limit:
-                raise TimeoutError(
-                    f"rank {group.rank}: a {what} on the devices was not through "
-                    f"after {limit:g} s"
-                )
-    except BaseException:
-        trainer.leave()
-        raise
+    while not trainer.wait(LOOK):
+        now = time.monotonic()
+        if gone is None and not group.whole():
+            gone = now
+        if gone is not None and now >= gone + GRACE:
+            raise ConnectionError(
+                f"rank {group.rank}: another rank has gone in the middle of a {what} "
+                "on the devices (its own message says why)"
+            )
+        if now >= began + limit:
+            raise TimeoutError(
+                f"rank {group.rank}: a {what} on the devices was not through after "
+                f"{limit:g} s"
+            )
 
 
 # ----------------------------------------------------------------------------- choosing
@@ -123,9 +123,12 @@ def choose(
     through = ThroughGroup(group)
     if group.world == 1:
         return through
-    why = _meet(
-        trainer, group, os.environ if environment is None else environment, limit
-    )
+    environment = os.environ if environment is None else environment
+    try:
+        why = _meet(trainer, group, environment, limit)
+    except BaseException:
+        trainer.leave()
+        raise
     if why is None:
         return OnDevices(trainer, group, limit)
     trainer.leave()

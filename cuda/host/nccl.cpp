@@ -125,7 +125,8 @@ void forget(ncclComm *c) {
 
 extern "C" {
 
-int acre_host_nccl_live, acre_host_nccl_aborted; /* communicators */
+/* Communicators: that are, that were aborted, that began to part in peace. */
+int acre_host_nccl_live, acre_host_nccl_aborted, acre_host_nccl_parting;
 
 int ncclGetVersion(int *version) {
   const char *said = getenv("ACRE_HOST_NCCL_VERSION");
@@ -202,6 +203,7 @@ int ncclCommFinalize(nccl_comm c) {
   if (c->at != READY) return NCCL_INVALID_ARGUMENT;
   __atomic_fetch_or(&c->all->left, 1u << c->rank, __ATOMIC_ACQ_REL);
   c->at = LEAVING;
+  acre_host_nccl_parting++;
   return NCCL_IN_PROGRESS;
 }
 #endif

@@ -173,6 +173,7 @@ static void dies(int rank) {
   d.ops->peers_sum(peers, acre_buffer_data(d.x), MANY);
   CHECK(d.ops->peers_wait(peers, &done, 0.2, NULL) == ACRE_OK && !done);
   d.ops->peers_close(peers);
+  CHECK(count_of("acre_host_nccl_parting") == 0); /* there is nobody to wait for */
   parted(1);
   close_device(&d);
 }
@@ -184,7 +185,7 @@ static void parts_alone(int rank) {
   if (rank == 1) raise(SIGKILL);
   double began = acre_clock();
   d.ops->peers_close(peers);
-  CHECK(acre_clock() - began < 30);
+  CHECK(acre_clock() - began < 30 && count_of("acre_host_nccl_parting") == 1);
   parted(1);
   close_device(&d);
 }
@@ -242,6 +243,21 @@ static void found_to_have_failed(int rank) {
     d.ops->peers_close(peers);
     parted(met + 1);
   }
+  close_device(&d);
+}
+
+/* What the library refuses at once is told by the wait, too. */
+static void refused_at_once(int rank) {
+  device d = open_device();
+  acre_peers *peers = meet(&d, rank, 1);
+  acre_error error = {0};
+  bool done = true;
+  d.ops->peers_sum(peers, acre_buffer_data(d.x), 10);
+  d.ops->peers_sum(peers, acre_buffer_data(d.x), 10); /* before the wait */
+  CHECK(d.ops->peers_wait(peers, &done, 60, &error) == ACRE_NO_PEER && !done);
+  CHECK(strstr(error.message, "NCCL, ncclAllReduce: invalid argument: as the host"));
+  d.ops->peers_close(peers);
+  parted(1);
   close_device(&d);
 }
 
@@ -493,6 +509,7 @@ int main(void) {
   together(1, twice_the_same, 0);
   together(1, fails_at_once, 0);
   together(1, found_to_have_failed, 0);
+  together(1, refused_at_once, 0);
   together(1, device_fails, 0);
   together(1, memory_runs_out, 0);
   together(2, trainers, 0);
