@@ -199,8 +199,11 @@ acre_status acre_cuda_peers_open(acre_queue *queue, acre_peers **out, int64_t ra
     *out = peers;
     return ACRE_OK;
   }
+  acre_status status = acre::fail(nccl, NULL, "ncclCommInitRankConfig", result, error);
+  /* The library works in a thread of its own, which may have failed by now. */
+  if (peers->communicator) nccl->ncclCommAbort(peers->communicator);
   acre_free(peers);
-  return acre::fail(nccl, NULL, "ncclCommInitRankConfig", result, error);
+  return status;
 }
 
 void acre_cuda_peers_close(acre_peers *peers) {

@@ -4,7 +4,8 @@
  * asked for, and who comes last is waited for by all. What tests may ask of it:
  *
  *   ACRE_HOST_NCCL_VERSION   what it says that it is, 22800 otherwise
- *   ACRE_HOST_NCCL_FAULT     if it is there: every look finds that a peer has failed
+ *   ACRE_HOST_NCCL_FAULT     if it is there: a meeting, and every look, finds that a peer has
+ *                            failed; of the former a communicator is left
  *   -DACRE_HOST_NCCL_LACKS   a library without ncclCommFinalize */
 #include "nccl.h"
 
@@ -169,7 +170,7 @@ int ncclCommInitRankConfig(nccl_comm *out, int world, nccl_id id, int rank,
   memcpy(c->path, id.bytes, sizeof c->path);
   *out = c;
   acre_host_nccl_live++;
-  return NCCL_IN_PROGRESS;
+  return getenv("ACRE_HOST_NCCL_FAULT") ? NCCL_REMOTE_ERROR : NCCL_IN_PROGRESS;
 }
 
 int ncclCommGetAsyncError(nccl_comm c, int *state) {

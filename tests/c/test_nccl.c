@@ -38,7 +38,8 @@ static void together(int world, void (*work)(int rank), int signal_of_last) {
   for (int rank = 0; rank < world; rank++) {
     children[rank] = fork();
     if (children[rank] != 0) continue;
-    alarm(120); /* nothing here may hang */
+    alarm(120);       /* nothing here may hang */
+    check_failed = 0; /* of the tests before, which have told it */
     work(rank);
     _exit(check_failed ? FAILED : 0);
   }
@@ -209,6 +210,20 @@ static void twice_the_same(int rank) {
   d.ops->peers_close(peers);
   memset(shared->id, 'x', sizeof shared->id);
   CHECK(d.ops->peers_open(d.queue, &same, rank, 2, shared->id, &error) == ACRE_NO_PEER);
+  parted(1);
+  close_device(&d);
+}
+
+/* The library knows it by the time that its first call returns: what it left is given up. */
+static void fails_at_once(int rank) {
+  device d = open_device();
+  acre_peers *peers = NULL;
+  acre_error error = {0};
+  carry_id(&d, rank);
+  setenv("ACRE_HOST_NCCL_FAULT", "1", 1);
+  CHECK(d.ops->peers_open(d.queue, &peers, rank, 2, shared->id, &error) == ACRE_NO_PEER);
+  CHECK(!peers && strstr(error.message, "ncclCommInitRankConfig: remote process exited"));
+  unsetenv("ACRE_HOST_NCCL_FAULT");
   parted(1);
   close_device(&d);
 }
@@ -493,6 +508,7 @@ int main(void) {
   together(2, parts_alone, SIGKILL);
   together(1, nobody_comes, 0);
   together(1, twice_the_same, 0);
+  together(1, fails_at_once, 0);
   together(1, found_to_have_failed, 0);
   together(1, refused_at_once, 0);
   together(1, device_fails, 0);
