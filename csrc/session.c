@@ -2,63 +2,134 @@
  * generation: score, refill, prefill, then token by token.
  *
  * Before refilling, a session over a cache stands behind the cache's resident timeline
- * (prefix); afterwards it has spliced that into its own. The cache is only ever read. */
+ * (prefix); afterwards it has spliced that into its own. The cache is only ever read.
+ *
+ * Sessions that were opened together share what a pass needs, and may take a step in one
+ * pass: a row for each, on its own timeline. */
 #include "decode.h"
 #include "refill.h"
 #include "score.h"
 
+#include <stdio.h>
 #include <string.h>
 
-struct acre_session {
+/* What sessions opened together share: one of them, or a batch of them, is in use. */
+typedef struct desk {
+  _Atomic int64_t references;
   atomic_flag busy;
+  acre_model *model;
+  int64_t sessions;
+  acre_workspace ws;
+  acre_buffer *block; /* [2, sessions, vocab]: logits of each, and of a batch's rows */
+  acre_seat *seats;   /* [sessions] */
+  int32_t *ids;       /* [sessions] */
+  float *logits;      /* host [vocab] */
+  uint8_t *seen;      /* host [vocab] */
+  acre_candidate *candidates;
+} desk;
+
+struct acre_session {
+  desk *desk;
   acre_model *model;
   acre_cache *cache;           /* nullable */
   const acre_timeline *prefix; /* the cache's resident entries, or NULL */
-  acre_workspace ws;
   acre_timeline own;
   int64_t capacity; /* query + answer tokens */
   int64_t used;     /* query + answer tokens in the timeline */
   int32_t *history; /* [capacity + 1] query and answer ids, the pending one included */
   int64_t history_count;
-  bool has_logits; /* logits of the last row are in the workspace */
+  float *logits;   /* device [vocab], of the last row, where has_logits */
+  bool has_logits; /* prefilled, and perhaps pending */
   bool pending;    /* the last of history is chosen but not processed */
+  bool listed;     /* in the batch that is being checked */
   uint64_t step;   /* draws so far */
-  float *logits;   /* host [vocab] */
-  uint8_t *seen;   /* host [vocab] */
-  acre_candidate *candidates;
 };
 
 static acre_status enter(acre_session *s, acre_error *error) {
-  if (!atomic_flag_test_and_set(&s->busy)) return ACRE_OK;
+  if (!atomic_flag_test_and_set(&s->desk->busy)) return ACRE_OK;
   return acre_fail(error, ACRE_BUSY, "session: in use on another thread");
 }
 
 static acre_status leave(acre_session *s, acre_status status) {
-  atomic_flag_clear(&s->busy);
+  atomic_flag_clear(&s->desk->busy);
   return status;
 }
 
 /* ---------------------------------------------------------------- life */
 
-static acre_status open_session(acre_session *s, acre_error *error) {
-  if (s->cache) ACRE_TRY(acre_cache_resident(&s->prefix, s->cache, error));
-  int64_t vocab = s->model->config.vocab_size;
-  int64_t rows = acre_min(s->model->backend->rows_max, s->capacity);
-  ACRE_TRY(acre_workspace_open(&s->ws, s->model, rows, error));
-  ACRE_TRY(acre_timeline_open(&s->own, s->model, s->capacity, false, false, error));
-  s->history = acre_alloc((size_t)(s->capacity + 1) * sizeof *s->history);
-  s->logits = acre_alloc((size_t)vocab * sizeof *s->logits);
-  s->seen = acre_alloc_zero((size_t)vocab);
-  s->candidates = acre_alloc((size_t)vocab * sizeof *s->candidates);
-  if (!s->history || !s->logits || !s->seen || !s->candidates) {
-    return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
-  }
-  return ACRE_OK;
+static void desk_release(desk *d) {
+  if (!d || atomic_fetch_sub(&d->references, 1) != 1) return;
+  acre_workspace_close(&d->ws, d->model);
+  acre_buffer_release(d->block);
+  acre_free(d->seats);
+  acre_free(d->ids);
+  acre_free(d->logits);
+  acre_free(d->seen);
+  acre_free(d->candidates);
+  acre_model_release(d->model);
+  acre_free(d);
 }
 
-acre_status acre_session_open(acre_session **out, acre_model *model, acre_cache *cache,
-                              int64_t capacity, acre_error *error) {
+static acre_status desk_fill(desk *d, int64_t rows, acre_error *error) {
+  acre_backend *backend = d->model->backend;
+  int64_t vocab = d->model->config.vocab_size, sessions = d->sessions;
+  ACRE_TRY(acre_workspace_open(&d->ws, d->model, rows, error));
+  size_t bytes = (size_t)(2 * sessions * vocab) * sizeof(float);
+  if (sessions > 1) ACRE_TRY(backend->ops->alloc(backend, &d->block, bytes, error));
+  d->seats = acre_alloc((size_t)sessions * sizeof *d->seats);
+  d->ids = acre_alloc((size_t)sessions * sizeof *d->ids);
+  d->logits = acre_alloc((size_t)vocab * sizeof *d->logits);
+  d->seen = acre_alloc_zero((size_t)vocab);
+  d->candidates = acre_alloc((size_t)vocab * sizeof *d->candidates);
+  if (d->seats && d->ids && d->logits && d->seen && d->candidates) return ACRE_OK;
+  return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
+}
+
+/* With the caller's reference. */
+static acre_status desk_open(desk **out, acre_model *model, int64_t rows, int64_t sessions,
+                             acre_error *error) {
   *out = NULL;
+  desk *d = acre_alloc_zero(sizeof *d);
+  if (!d) return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
+  atomic_flag_clear(&d->busy);
+  d->references = 1;
+  d->sessions = sessions;
+  d->model = acre_model_keep(model);
+  acre_status status = desk_fill(d, rows, error);
+  if (status == ACRE_OK)
+    *out = d;
+  else
+    desk_release(d);
+  return status;
+}
+
+/* The logits of session `i` of those opened together; from `sessions` on of a batch's row. */
+static float *logits_at(const desk *d, int64_t i) {
+  if (!d->block) return d->ws.logits;
+  return (float *)acre_buffer_data(d->block) + i * d->model->config.vocab_size;
+}
+
+static acre_status open_session(acre_session **out, desk *d, int64_t i, acre_cache *cache,
+                                int64_t capacity, acre_error *error) {
+  acre_session *s = acre_alloc_zero(sizeof *s);
+  if (!s) return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
+  *out = s;
+  atomic_fetch_add(&d->references, 1);
+  s->desk = d;
+  s->model = d->model;
+  s->cache = cache;
+  if (cache) acre_cache_retain(cache);
+  s->capacity = capacity;
+  s->logits = logits_at(d, i);
+  if (cache) ACRE_TRY(acre_cache_resident(&s->prefix, cache, error));
+  ACRE_TRY(acre_timeline_open(&s->own, s->model, capacity, false, false, error));
+  s->history = acre_alloc((size_t)(capacity + 1) * sizeof *s->history);
+  if (s->history) return ACRE_OK;
+  return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
+}
+
+static acre_status check_session(const acre_model *model, const acre_cache *cache,
+                                 int64_t capacity, acre_error *error) {
   if (!model->ready) return acre_fail(error, ACRE_BAD_STATE, "model: not ready");
   if (cache && cache->model != model) {
     return acre_fail(error, ACRE_BAD_VALUE, "cache: built by another model");
@@ -75,33 +146,70 @@ acre_status acre_session_open(acre_session **out, acre_model *model, acre_cache 
                      "positions %lld are left",
                      (long long)capacity, (long long)model->config.w_max, (long long)room);
   }
-  acre_session *s = acre_alloc_zero(sizeof *s);
-  if (!s) return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
-  atomic_flag_clear(&s->busy);
-  s->model = acre_model_keep(model);
-  s->cache = cache;
-  if (cache) acre_cache_retain(cache);
-  s->capacity = capacity;
-  acre_status status = open_session(s, error);
-  if (status != ACRE_OK) {
-    acre_session_release(s);
-    return status;
-  }
-  *out = s;
   return ACRE_OK;
+}
+
+/* The refusal of one session of several, with its place. */
+static acre_status of_session(int64_t i, acre_status status, acre_error *error) {
+  if (status == ACRE_OK || !error) return status;
+  acre_error said = *error;
+  return acre_fail(error, status, "sessions[%lld]: %.440s", (long long)i, said.message);
+}
+
+acre_status acre_sessions_open(acre_session **out, acre_model *model,
+                               acre_cache *const *caches, const int64_t *capacities,
+                               int64_t count, acre_error *error) {
+  if (count < 1 || count > model->backend->rows_max) {
+    return acre_fail(error, ACRE_BAD_VALUE, "sessions: got %lld, expected 1 to %lld",
+                     (long long)count, (long long)model->backend->rows_max);
+  }
+  memset(out, 0, (size_t)count * sizeof *out);
+  int64_t rows = count;
+  for (int64_t i = 0; i < count; ++i) {
+    acre_status status =
+        check_session(model, caches ? caches[i] : NULL, capacities[i], error);
+    if (status != ACRE_OK) return count == 1 ? status : of_session(i, status, error);
+    rows = acre_max(rows, acre_min(capacities[i], model->backend->rows_max));
+  }
+  desk *d;
+  ACRE_TRY(desk_open(&d, model, rows, count, error));
+  acre_status status = ACRE_OK;
+  for (int64_t i = 0; status == ACRE_OK && i < count; ++i) {
+    status = open_session(&out[i], d, i, caches ? caches[i] : NULL, capacities[i], error);
+  }
+  for (int64_t i = 0; status != ACRE_OK && i < count; ++i) {
+    acre_session_release(out[i]);
+    out[i] = NULL;
+  }
+  desk_release(d);
+  return status;
+}
+
+acre_status acre_session_open(acre_session **out, acre_model *model, acre_cache *cache,
+                              int64_t capacity, acre_error *error) {
+  return acre_sessions_open(out, model, &cache, &capacity, 1, error);
 }
 
 void acre_session_release(acre_session *s) {
   if (!s) return;
-  acre_workspace_close(&s->ws, s->model);
   acre_timeline_close(&s->own);
   acre_free(s->history);
-  acre_free(s->logits);
-  acre_free(s->seen);
-  acre_free(s->candidates);
   acre_cache_release(s->cache);
-  acre_model_release(s->model);
+  desk_release(s->desk);
   acre_free(s);
+}
+
+/* Host memory is what a device's answer would have to be, too; without one all may try. */
+int64_t acre_sessions_fit(const acre_model *model, const acre_cache *cache, int64_t k,
+                          int64_t capacity, int64_t wanted) {
+  size_t available = model->backend->apart ? 0 : acre_memory_available();
+  int64_t entries = capacity;
+  if (cache && k > 0) {
+    entries += cache->plan.m + cache->plan.recent + k * cache->plan.interval;
+  }
+  size_t each = acre_timeline_bytes(model, acre_max(entries, 1), false);
+  int64_t most = available ? (int64_t)(available / each) : wanted;
+  return acre_max(acre_min(most, wanted), 1);
 }
 
 int64_t acre_session_count(const acre_session *s) {
@@ -136,10 +244,10 @@ static acre_status check_room(const acre_session *s, int64_t t, acre_error *erro
 static acre_status run_scoring(acre_session *s, acre_scoring *scoring, acre_timeline *own,
                                const int32_t *ids, int64_t t, int64_t layers,
                                acre_error *error) {
-  for (int64_t i = 0; i < t; i += s->ws.rows) {
+  for (int64_t i = 0; i < t; i += s->desk->ws.rows) {
     scoring->offset = i;
     acre_pass pass = {.ids = ids + i,
-                      .rows = acre_min(t - i, s->ws.rows),
+                      .rows = acre_min(t - i, s->desk->ws.rows),
                       .first_position = scoring->resident->count,
                       .prefix = scoring->resident,
                       .own = own,
@@ -147,9 +255,9 @@ static acre_status run_scoring(acre_session *s, acre_scoring *scoring, acre_time
                       .split = true,
                       .keys_only = true,
                       .probe = acre_scoring_probe(scoring)};
-    acre_forward(s->model, &s->ws, &pass);
+    acre_forward(s->model, &s->desk->ws, &pass);
   }
-  return s->model->backend->ops->sync(s->ws.queue, error);
+  return s->model->backend->ops->sync(s->desk->ws.queue, error);
 }
 
 static acre_status score(acre_session *s, float *scores, const int32_t *ids, int64_t t,
@@ -173,7 +281,7 @@ static acre_status score(acre_session *s, float *scores, const int32_t *ids, int
   uint8_t *use = acre_alloc((size_t)(c->layers * c->heads));
   if (!use) return acre_fail(error, ACRE_NO_MEMORY, "score: out of memory");
   acre_scoring scoring = {.model = s->model,
-                          .queue = s->ws.queue,
+                          .queue = s->desk->ws.queue,
                           .m = m,
                           .use = use,
                           .rotated = options.rotated,
@@ -190,7 +298,7 @@ static acre_status score(acre_session *s, float *scores, const int32_t *ids, int
       status = acre_timeline_open(&own, s->model, t, false, false, error);
     if (status == ACRE_OK) status = run_scoring(s, &scoring, &own, ids, t, layers, error);
     if (status == ACRE_OK) {
-      s->model->backend->ops->download(s->ws.queue, scores,
+      s->model->backend->ops->download(s->desk->ws.queue, scores,
                                        acre_buffer_data(scoring.scores), bytes);
     }
   }
@@ -229,7 +337,7 @@ static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, boo
     ACRE_TRY(acre_cache_resident(&prefix, s->cache, error));
     ACRE_TRY(acre_timeline_open(&own, s->model, s->capacity, false, false, error));
   } else {
-    ACRE_TRY(acre_refill_open(&own, s->cache, s->ws.queue, groups, k, per_layer,
+    ACRE_TRY(acre_refill_open(&own, s->cache, s->desk->ws.queue, groups, k, per_layer,
                               s->capacity, error));
   }
   acre_timeline_close(&s->own);
@@ -256,16 +364,16 @@ static void download_logits(acre_session *s, float *host, float *block, int64_t 
   int64_t vocab = s->model->config.vocab_size;
   for (int64_t i = 0; i < rows; i += HEAD_ROWS) {
     int64_t count = acre_min(rows - i, HEAD_ROWS);
-    acre_head(s->model, &s->ws, block, i, count);
-    s->model->backend->ops->download(s->ws.queue, host + i * vocab, block,
+    acre_head(s->model, &s->desk->ws, block, i, count);
+    s->model->backend->ops->download(s->desk->ws.queue, host + i * vocab, block,
                                      (size_t)(count * vocab) * sizeof *host);
   }
 }
 
 static void run(acre_session *s, const int32_t *ids, int64_t t, float *host, float *block) {
   int64_t vocab = s->model->config.vocab_size;
-  for (int64_t i = 0; i < t; i += s->ws.rows) {
-    int64_t rows = acre_min(t - i, s->ws.rows);
+  for (int64_t i = 0; i < t; i += s->desk->ws.rows) {
+    int64_t rows = acre_min(t - i, s->desk->ws.rows);
     acre_pass pass = {.ids = ids + i,
                       .rows = rows,
                       .first_position = s->prefix ? s->prefix->count : 0,
@@ -273,8 +381,8 @@ static void run(acre_session *s, const int32_t *ids, int64_t t, float *host, flo
                       .own = &s->own,
                       .layers = s->model->config.layers,
                       .split = true};
-    acre_forward(s->model, &s->ws, &pass);
-    if (i + rows == t) acre_head(s->model, &s->ws, s->ws.logits, rows - 1, 1);
+    acre_forward(s->model, &s->desk->ws, &pass);
+    if (i + rows == t) acre_head(s->model, &s->desk->ws, s->logits, rows - 1, 1);
     if (host) download_logits(s, host + i * vocab, block, rows);
   }
   s->used += t;
@@ -297,7 +405,7 @@ static acre_status prefill(acre_session *s, const int32_t *ids, int64_t t, float
   memcpy(s->history + s->history_count, ids, (size_t)t * sizeof *ids);
   s->history_count += t;
   s->has_logits = true;
-  acre_status status = ops->sync(s->ws.queue, error);
+  acre_status status = ops->sync(s->desk->ws.queue, error);
   acre_buffer_release(block);
   return status;
 }
@@ -308,38 +416,54 @@ acre_status acre_session_prefill(acre_session *s, const int32_t *ids, int64_t t,
   return leave(s, prefill(s, ids, t, logits, error));
 }
 
-/* Processes the token chosen last; afterwards the logits are those of the next one. */
-static acre_status catch_up(acre_session *s, acre_error *error) {
-  if (!s->pending) {
-    if (s->has_logits) return ACRE_OK;
+/* Whether `next` may come: something was prefilled, and the token chosen last fits. */
+static acre_status check_next(const acre_session *s, acre_error *error) {
+  if (!s->has_logits)
     return acre_fail(error, ACRE_BAD_STATE, "session: prefill comes first");
-  }
-  ACRE_TRY(check_room(s, 1, error));
-  run(s, &s->history[s->history_count - 1], 1, NULL, NULL);
-  s->pending = false;
-  return s->model->backend->ops->sync(s->ws.queue, error);
+  return s->pending ? check_room(s, 1, error) : ACRE_OK;
 }
 
-static void fetch_logits(acre_session *s, float *host) {
-  s->model->backend->ops->download(s->ws.queue, host, s->ws.logits,
+/* Processes the token chosen last; afterwards the logits are those of the next one. */
+static acre_status catch_up(acre_session *s, acre_error *error) {
+  ACRE_TRY(check_next(s, error));
+  if (!s->pending) return ACRE_OK;
+  run(s, &s->history[s->history_count - 1], 1, NULL, NULL);
+  s->pending = false;
+  return s->model->backend->ops->sync(s->desk->ws.queue, error);
+}
+
+static void fetch_logits(acre_session *s, float *host, const float *logits) {
+  s->model->backend->ops->download(s->desk->ws.queue, host, logits,
                                    (size_t)s->model->config.vocab_size * sizeof *host);
+}
+
+/* The next token from these logits of the device. */
+static int32_t choose(acre_session *s, const float *logits, const acre_sampling *sampling) {
+  desk *d = s->desk;
+  fetch_logits(s, d->logits, logits);
+  if (sampling->repetition_penalty != 1) {
+    acre_penalize(d->logits, d->seen, s->history, s->history_count,
+                  sampling->repetition_penalty);
+  }
+  int32_t token = acre_sample(d->logits, d->candidates, s->model->config.vocab_size,
+                              sampling, s->step++);
+  s->history[s->history_count++] = token;
+  s->pending = true;
+  return token;
+}
+
+static acre_status take_sampling(acre_sampling *out, const acre_sampling *given,
+                                 acre_error *error) {
+  ACRE_TAKE_OPTIONS(*out, acre_sampling_default(), given);
+  return acre_sampling_check(out, error);
 }
 
 static acre_status next(acre_session *s, int32_t *token, const acre_sampling *given,
                         acre_error *error) {
   acre_sampling sampling;
-  ACRE_TAKE_OPTIONS(sampling, acre_sampling_default(), given);
-  ACRE_TRY(acre_sampling_check(&sampling, error));
+  ACRE_TRY(take_sampling(&sampling, given, error));
   ACRE_TRY(catch_up(s, error));
-  fetch_logits(s, s->logits);
-  if (sampling.repetition_penalty != 1) {
-    acre_penalize(s->logits, s->seen, s->history, s->history_count,
-                  sampling.repetition_penalty);
-  }
-  *token = acre_sample(s->logits, s->candidates, s->model->config.vocab_size, &sampling,
-                       s->step++);
-  s->history[s->history_count++] = *token;
-  s->pending = true;
+  *token = choose(s, s->logits, &sampling);
   return ACRE_OK;
 }
 
@@ -352,6 +476,84 @@ acre_status acre_session_next(acre_session *s, int32_t *token, const acre_sampli
 acre_status acre_session_logits(acre_session *s, float *logits, acre_error *error) {
   ACRE_TRY(enter(s, error));
   acre_status status = catch_up(s, error);
-  if (status == ACRE_OK) fetch_logits(s, logits);
+  if (status == ACRE_OK) fetch_logits(s, logits, s->logits);
   return leave(s, status);
+}
+
+/* ---------------------------------------------------------------- several at once */
+
+static acre_status check_batch(acre_session *const *sessions, int64_t count,
+                               const acre_sampling *const *samplings, acre_error *error) {
+  for (int64_t i = 0; i < count; ++i) sessions[i]->listed = false;
+  for (int64_t i = 0; i < count; ++i) {
+    acre_session *s = sessions[i];
+    acre_sampling unused;
+    acre_status status = ACRE_OK;
+    if (s->listed) status = acre_fail(error, ACRE_BAD_VALUE, "came before");
+    s->listed = true;
+    if (status == ACRE_OK) status = check_next(s, error);
+    if (status == ACRE_OK)
+      status = take_sampling(&unused, samplings ? samplings[i] : NULL, error);
+    if (status != ACRE_OK) return of_session(i, status, error);
+  }
+  return ACRE_OK;
+}
+
+/* One pass for all sessions with a token that is not processed: their logits, in their
+ * order, in the rows of a batch. */
+static acre_status catch_up_all(acre_session *const *sessions, int64_t count, float *logits,
+                                acre_error *error) {
+  desk *d = sessions[0]->desk;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    acre_session *s = sessions[i];
+    if (!s->pending) continue;
+    d->ids[rows] = s->history[s->history_count - 1];
+    d->seats[rows++] = (acre_seat){s->prefix ? s->prefix->count : 0, s->prefix, &s->own};
+    s->used += 1;
+  }
+  if (!rows) return ACRE_OK;
+  acre_pass pass = {.ids = d->ids,
+                    .rows = rows,
+                    .seats = d->seats,
+                    .layers = d->model->config.layers,
+                    .split = true};
+  acre_forward(d->model, &d->ws, &pass);
+  acre_head(d->model, &d->ws, logits, 0, rows);
+  return d->model->backend->ops->sync(d->ws.queue, error);
+}
+
+static acre_status next_all(acre_session *const *sessions, int64_t count, int32_t *tokens,
+                            const acre_sampling *const *samplings, acre_error *error) {
+  ACRE_TRY(check_batch(sessions, count, samplings, error));
+  desk *d = sessions[0]->desk;
+  int64_t vocab = d->model->config.vocab_size;
+  float *row = d->block ? logits_at(d, d->sessions) : d->ws.logits;
+  ACRE_TRY(catch_up_all(sessions, count, row, error));
+  for (int64_t i = 0; i < count; ++i) {
+    acre_session *s = sessions[i];
+    acre_sampling sampling;
+    ACRE_TRY(take_sampling(&sampling, samplings ? samplings[i] : NULL, error));
+    bool passed = s->pending; /* through the pass; else its own logits still stand */
+    tokens[i] = choose(s, passed ? row : s->logits, &sampling);
+    if (passed) row += vocab;
+  }
+  return ACRE_OK;
+}
+
+acre_status acre_sessions_next(acre_session *const *sessions, int64_t count,
+                               int32_t *tokens, const acre_sampling *const *samplings,
+                               acre_error *error) {
+  if (count < 1) {
+    return acre_fail(error, ACRE_BAD_VALUE, "sessions: got %lld, expected one or more",
+                     (long long)count);
+  }
+  for (int64_t i = 1; i < count; ++i) {
+    if (sessions[i]->desk == sessions[0]->desk) continue;
+    return acre_fail(error, ACRE_BAD_VALUE,
+                     "sessions[%lld]: was not opened together with sessions[0]",
+                     (long long)i);
+  }
+  ACRE_TRY(enter(sessions[0], error));
+  return leave(sessions[0], next_all(sessions, count, tokens, samplings, error));
 }
