@@ -174,6 +174,7 @@ class AcreLM(TemplateLM):
             raise TypeError("model_args: give path (or pretrained, the same)")
         asked = _taken(options, READING)
         Reading(**asked)  # refuses before the model is opened
+        self._batch = _batch(options.get("batch_size"))
         own = {"max_gen_toks": 256, "seed": 0, **_taken(options, OWN)}
         settings = _taken(options, MODEL)
         self.acre = _opened(pretrained if path is None else path, settings)
@@ -186,7 +187,6 @@ class AcreLM(TemplateLM):
         self.seed: int = own["seed"]
         self.add_bos_token: bool | None = own.get("add_bos_token")
         self._prefix = self._prefix_id(own.get("prefix_token_id"))
-        self._batch = _batch(options.get("batch_size"))
         self._said: set[str] = set()
 
     def _prefix_id(self, given: int | None) -> int:
@@ -504,7 +504,7 @@ def _batch(given: Any) -> int:
         return 1
     if isinstance(given, str) and given.split(":")[0] == "auto":
         return together.batch_size(None)
-    return together.batch_size(_whole("batch_size", given))
+    return integer("batch_size", _whole("batch_size", given), 1)
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:
