@@ -53,6 +53,7 @@ typedef struct acre_heads {
   acre_dtype dtype; /* T */
 } acre_heads;
 
+enum { ACRE_TOP_MOST = 1024 };  /* logits that `top` gives at most */
 enum { ACRE_ATTEND_PARTS = 4 }; /* partial sums of attend_back's dq, on any device */
 
 typedef struct acre_backend_ops {
@@ -242,6 +243,23 @@ typedef struct acre_backend_ops {
    *               + weight_decay w) */
   void (*adamw)(acre_queue *, float *w, float *first, float *second, const float *gradient,
                 int64_t n, float scale, const acre_adamw *);
+
+  /* ---- choosing a token. A NaN counts below -infinity; of equals the lower id is first. */
+
+  /* id[i] = that of the highest of row i of logits [rows, vocab]. */
+  void (*argmax)(acre_queue *, int32_t *id, const float *logits, int64_t rows,
+                 int64_t vocab);
+
+  /* The k highest logits of one row [vocab], the highest first: values [k] and ids [k], k <=
+   * vocab, ACRE_TOP_MOST. *mass = sum of exp(scale * (logit - values[0])) over all logits
+   * above -infinity, to within 2^-12 of it, where values[0] is finite. */
+  void (*top)(acre_queue *, float *values, int32_t *ids, float *mass, const float *logits,
+              int64_t vocab, int64_t k, float scale);
+
+  /* Of a row's logits, those of `ids`, no two the same and on the device: divided by penalty
+   * where above 0, else multiplied. */
+  void (*penalize)(acre_queue *, float *logits, const int32_t *ids, int64_t count,
+                   float penalty);
 } acre_backend_ops;
 
 struct acre_backend {

@@ -6,30 +6,15 @@
  *
  * Sessions that were opened together share what a pass needs, and may take a step in one
  * pass: a row for each, on its own timeline. */
-#include "decode.h"
+#include "desk.h"
 #include "refill.h"
 #include "score.h"
 
 #include <stdio.h>
 #include <string.h>
 
-/* What sessions opened together share: one of them, or a batch of them, is in use. */
-typedef struct desk {
-  _Atomic int64_t references;
-  atomic_flag busy;
-  acre_model *model;
-  int64_t sessions;
-  acre_workspace ws;
-  acre_buffer *block; /* [2, sessions, vocab]: logits of each, and of a batch's rows */
-  acre_seat *seats;   /* [sessions] */
-  int32_t *ids;       /* [sessions] */
-  float *logits;      /* host [vocab] */
-  uint8_t *seen;      /* host [vocab] */
-  acre_candidate *candidates;
-} desk;
-
 struct acre_session {
-  desk *desk;
+  acre_desk *desk;
   acre_model *model;
   acre_cache *cache;           /* nullable */
   const acre_timeline *prefix; /* the cache's resident entries, or NULL */
@@ -57,60 +42,8 @@ static acre_status leave(acre_session *s, acre_status status) {
 
 /* ---------------------------------------------------------------- life */
 
-static void desk_release(desk *d) {
-  if (!d || atomic_fetch_sub(&d->references, 1) != 1) return;
-  acre_workspace_close(&d->ws, d->model);
-  acre_buffer_release(d->block);
-  acre_free(d->seats);
-  acre_free(d->ids);
-  acre_free(d->logits);
-  acre_free(d->seen);
-  acre_free(d->candidates);
-  acre_model_release(d->model);
-  acre_free(d);
-}
-
-static acre_status desk_fill(desk *d, int64_t rows, acre_error *error) {
-  acre_backend *backend = d->model->backend;
-  int64_t vocab = d->model->config.vocab_size, sessions = d->sessions;
-  ACRE_TRY(acre_workspace_open(&d->ws, d->model, rows, error));
-  size_t bytes = (size_t)(2 * sessions * vocab) * sizeof(float);
-  if (sessions > 1) ACRE_TRY(backend->ops->alloc(backend, &d->block, bytes, error));
-  d->seats = acre_alloc((size_t)sessions * sizeof *d->seats);
-  d->ids = acre_alloc((size_t)sessions * sizeof *d->ids);
-  d->logits = acre_alloc((size_t)vocab * sizeof *d->logits);
-  d->seen = acre_alloc_zero((size_t)vocab);
-  d->candidates = acre_alloc((size_t)vocab * sizeof *d->candidates);
-  if (d->seats && d->ids && d->logits && d->seen && d->candidates) return ACRE_OK;
-  return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
-}
-
-/* With the caller's reference. */
-static acre_status desk_open(desk **out, acre_model *model, int64_t rows, int64_t sessions,
-                             acre_error *error) {
-  *out = NULL;
-  desk *d = acre_alloc_zero(sizeof *d);
-  if (!d) return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
-  atomic_flag_clear(&d->busy);
-  d->references = 1;
-  d->sessions = sessions;
-  d->model = acre_model_keep(model);
-  acre_status status = desk_fill(d, rows, error);
-  if (status == ACRE_OK)
-    *out = d;
-  else
-    desk_release(d);
-  return status;
-}
-
-/* The logits of session `i` of those opened together; from `sessions` on of a batch's row. */
-static float *logits_at(const desk *d, int64_t i) {
-  if (!d->block) return d->ws.logits;
-  return (float *)acre_buffer_data(d->block) + i * d->model->config.vocab_size;
-}
-
-static acre_status open_session(acre_session **out, desk *d, int64_t i, acre_cache *cache,
-                                int64_t capacity, acre_error *error) {
+static acre_status open_session(acre_session **out, acre_desk *d, int64_t i,
+                                acre_cache *cache, int64_t capacity, acre_error *error) {
   acre_session *s = acre_alloc_zero(sizeof *s);
   if (!s) return acre_fail(error, ACRE_NO_MEMORY, "session: out of memory");
   *out = s;
@@ -120,7 +53,7 @@ static acre_status open_session(acre_session **out, desk *d, int64_t i, acre_cac
   s->cache = cache;
   if (cache) acre_cache_retain(cache);
   s->capacity = capacity;
-  s->logits = logits_at(d, i);
+  s->logits = acre_desk_logits(d, i);
   if (cache) ACRE_TRY(acre_cache_resident(&s->prefix, cache, error));
   ACRE_TRY(acre_timeline_open(&s->own, s->model, capacity, false, false, error));
   s->history = acre_alloc((size_t)(capacity + 1) * sizeof *s->history);
@@ -171,8 +104,8 @@ acre_status acre_sessions_open(acre_session **out, acre_model *model,
     if (status != ACRE_OK) return count == 1 ? status : of_session(i, status, error);
     rows = acre_max(rows, acre_min(capacities[i], model->backend->rows_max));
   }
-  desk *d;
-  ACRE_TRY(desk_open(&d, model, rows, count, error));
+  acre_desk *d;
+  ACRE_TRY(acre_desk_open(&d, model, rows, count, error));
   acre_status status = ACRE_OK;
   for (int64_t i = 0; status == ACRE_OK && i < count; ++i) {
     status = open_session(&out[i], d, i, caches ? caches[i] : NULL, capacities[i], error);
@@ -181,7 +114,7 @@ acre_status acre_sessions_open(acre_session **out, acre_model *model,
     acre_session_release(out[i]);
     out[i] = NULL;
   }
-  desk_release(d);
+  acre_desk_release(d);
   return status;
 }
 
@@ -195,7 +128,7 @@ void acre_session_release(acre_session *s) {
   acre_timeline_close(&s->own);
   acre_free(s->history);
   acre_cache_release(s->cache);
-  desk_release(s->desk);
+  acre_desk_release(s->desk);
   acre_free(s);
 }
 
@@ -424,32 +357,15 @@ static acre_status check_next(const acre_session *s, acre_error *error) {
 }
 
 /* Processes the token chosen last; afterwards the logits are those of the next one. */
-static acre_status catch_up(acre_session *s, acre_error *error) {
-  ACRE_TRY(check_next(s, error));
-  if (!s->pending) return ACRE_OK;
+static void catch_up(acre_session *s) {
+  if (!s->pending) return;
   run(s, &s->history[s->history_count - 1], 1, NULL, NULL);
   s->pending = false;
-  return s->model->backend->ops->sync(s->desk->ws.queue, error);
 }
 
 static void fetch_logits(acre_session *s, float *host, const float *logits) {
   s->model->backend->ops->download(s->desk->ws.queue, host, logits,
                                    (size_t)s->model->config.vocab_size * sizeof *host);
-}
-
-/* The next token from these logits of the device. */
-static int32_t choose(acre_session *s, const float *logits, const acre_sampling *sampling) {
-  desk *d = s->desk;
-  fetch_logits(s, d->logits, logits);
-  if (sampling->repetition_penalty != 1) {
-    acre_penalize(d->logits, d->seen, s->history, s->history_count,
-                  sampling->repetition_penalty);
-  }
-  int32_t token = acre_sample(d->logits, d->candidates, s->model->config.vocab_size,
-                              sampling, s->step++);
-  s->history[s->history_count++] = token;
-  s->pending = true;
-  return token;
 }
 
 static acre_status take_sampling(acre_sampling *out, const acre_sampling *given,
@@ -458,13 +374,40 @@ static acre_status take_sampling(acre_sampling *out, const acre_sampling *given,
   return acre_sampling_check(out, error);
 }
 
+/* What the session's next token is to be chosen from; the sampling was checked. */
+static void ask_for(acre_choice *out, const acre_session *s, float *logits,
+                    const acre_sampling *given) {
+  *out = (acre_choice){.logits = logits,
+                       .history = s->history,
+                       .history_count = s->history_count,
+                       .step = s->step};
+  take_sampling(&out->sampling, given, NULL);
+}
+
+/* The tokens of desk->choices, in this order, into histories. */
+static acre_status choose(acre_session *const *sessions, int64_t count, int32_t *tokens,
+                          acre_error *error) {
+  acre_desk *d = sessions[0]->desk;
+  acre_desk_choose(d, count);
+  for (int64_t i = 0; i < count; ++i) {
+    acre_session *s = sessions[i];
+    s->history[s->history_count++] = d->choices[i].token;
+    s->pending = true;
+    s->step++;
+  }
+  ACRE_TRY(d->model->backend->ops->sync(d->ws.queue, error));
+  for (int64_t i = 0; i < count; ++i) tokens[i] = d->choices[i].token;
+  return ACRE_OK;
+}
+
 static acre_status next(acre_session *s, int32_t *token, const acre_sampling *given,
                         acre_error *error) {
-  acre_sampling sampling;
-  ACRE_TRY(take_sampling(&sampling, given, error));
-  ACRE_TRY(catch_up(s, error));
-  *token = choose(s, s->logits, &sampling);
-  return ACRE_OK;
+  acre_sampling unused;
+  ACRE_TRY(take_sampling(&unused, given, error));
+  ACRE_TRY(check_next(s, error));
+  catch_up(s);
+  ask_for(&s->desk->choices[0], s, s->logits, given);
+  return choose(&s, 1, token, error);
 }
 
 acre_status acre_session_next(acre_session *s, int32_t *token, const acre_sampling *given,
@@ -475,8 +418,12 @@ acre_status acre_session_next(acre_session *s, int32_t *token, const acre_sampli
 
 acre_status acre_session_logits(acre_session *s, float *logits, acre_error *error) {
   ACRE_TRY(enter(s, error));
-  acre_status status = catch_up(s, error);
-  if (status == ACRE_OK) fetch_logits(s, logits, s->logits);
+  acre_status status = check_next(s, error);
+  if (status == ACRE_OK) {
+    catch_up(s);
+    fetch_logits(s, logits, s->logits);
+    status = s->model->backend->ops->sync(s->desk->ws.queue, error);
+  }
   return leave(s, status);
 }
 
@@ -499,20 +446,24 @@ static acre_status check_batch(acre_session *const *sessions, int64_t count,
   return ACRE_OK;
 }
 
-/* One pass for all sessions with a token that is not processed: their logits, in their
- * order, in the rows of a batch. */
-static acre_status catch_up_all(acre_session *const *sessions, int64_t count, float *logits,
-                                acre_error *error) {
-  desk *d = sessions[0]->desk;
+/* One pass for all sessions with a token that is not processed; what each is to choose from,
+ * of the pass or from before, to desk->choices. */
+static void catch_up_all(acre_session *const *sessions, int64_t count,
+                         const acre_sampling *const *samplings) {
+  acre_desk *d = sessions[0]->desk;
+  float *logits = acre_desk_logits(d, d->sessions);
   int64_t rows = 0;
   for (int64_t i = 0; i < count; ++i) {
     acre_session *s = sessions[i];
+    const acre_sampling *sampling = samplings ? samplings[i] : NULL;
+    ask_for(&d->choices[i], s, s->logits, sampling);
     if (!s->pending) continue;
+    d->choices[i].logits = logits + rows * d->model->config.vocab_size;
     d->ids[rows] = s->history[s->history_count - 1];
     d->seats[rows++] = (acre_seat){s->prefix ? s->prefix->count : 0, s->prefix, &s->own};
     s->used += 1;
   }
-  if (!rows) return ACRE_OK;
+  if (!rows) return;
   acre_pass pass = {.ids = d->ids,
                     .rows = rows,
                     .seats = d->seats,
@@ -520,25 +471,13 @@ static acre_status catch_up_all(acre_session *const *sessions, int64_t count, fl
                     .split = true};
   acre_forward(d->model, &d->ws, &pass);
   acre_head(d->model, &d->ws, logits, 0, rows);
-  return d->model->backend->ops->sync(d->ws.queue, error);
 }
 
 static acre_status next_all(acre_session *const *sessions, int64_t count, int32_t *tokens,
                             const acre_sampling *const *samplings, acre_error *error) {
   ACRE_TRY(check_batch(sessions, count, samplings, error));
-  desk *d = sessions[0]->desk;
-  int64_t vocab = d->model->config.vocab_size;
-  float *row = d->block ? logits_at(d, d->sessions) : d->ws.logits;
-  ACRE_TRY(catch_up_all(sessions, count, row, error));
-  for (int64_t i = 0; i < count; ++i) {
-    acre_session *s = sessions[i];
-    acre_sampling sampling;
-    ACRE_TRY(take_sampling(&sampling, samplings ? samplings[i] : NULL, error));
-    bool passed = s->pending; /* through the pass; else its own logits still stand */
-    tokens[i] = choose(s, passed ? row : s->logits, &sampling);
-    if (passed) row += vocab;
-  }
-  return ACRE_OK;
+  catch_up_all(sessions, count, samplings);
+  return choose(sessions, count, tokens, error);
 }
 
 acre_status acre_sessions_next(acre_session *const *sessions, int64_t count,

@@ -115,6 +115,9 @@ acre_backend_ops operations_for(const backend *owner) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
+  ops.argmax = acre_cuda_argmax;
+  ops.top = acre_cuda_top;
+  ops.penalize = acre_cuda_penalize;
   choose_for(&ops, owner);
   return ops;
 }

@@ -295,6 +295,13 @@ void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float
                           const float *pull, const void *q, const void *keys,
                           const uint8_t *use, int64_t t, int64_t m,
                           const acre_heads *heads);
+/* choose.cu */
+void acre_cuda_argmax(acre_queue *, int32_t *id, const float *logits, int64_t rows,
+                      int64_t vocab);
+void acre_cuda_top(acre_queue *, float *values, int32_t *ids, float *mass,
+                   const float *logits, int64_t vocab, int64_t k, float scale);
+void acre_cuda_penalize(acre_queue *, float *logits, const int32_t *ids, int64_t count,
+                        float penalty);
 /* optimiser.cu */
 void acre_cuda_sum_squares(acre_queue *, double *out, const float *x, int64_t n);
 void acre_cuda_adamw(acre_queue *, float *w, float *first, float *second,

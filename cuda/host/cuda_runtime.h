@@ -171,6 +171,11 @@ static inline T __shfl_sync(unsigned mask, T value, int source) {
   return acre_host_shuffle(mask, value, source % 32, ACRE_WAIT_SHUFFLE);
 }
 
+static inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 static inline float __uint_as_float(unsigned bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
