@@ -28,6 +28,7 @@ extern "C" {
 typedef struct acre_backend acre_backend;
 typedef struct acre_queue acre_queue;   /* defined by each backend */
 typedef struct acre_matrix acre_matrix; /* [N, K] weights in the backend's own layout */
+typedef struct acre_loop acre_loop;     /* a step that the device repeats */
 
 /* Rows [0, rows) of `source` go to rows [dst_row, dst_row + rows) of the destination. */
 typedef struct acre_span {
@@ -260,6 +261,24 @@ typedef struct acre_backend_ops {
    * where above 0, else multiplied. */
   void (*penalize)(acre_queue *, float *logits, const int32_t *ids, int64_t count,
                    float penalty);
+
+  /* ---- steps that the device takes without the host; all four NULL where it cannot.
+   *
+   * Records what `step(context)` enqueues on the queue, once, and runs none of it. At step i
+   * of the loop, 0 <= i < most, rope and store_kv stand at `position` + i, store_kv writes i
+   * rows further on, and attend (rows = 1, split) has `seen` + i and sees as many keys; all
+   * else is the same, so what changes must go through memory. *id is kept behind each step.
+   * The bits are those of the operations called one by one. Nothing is uploaded or waited for
+   * within a step. Where it fails, nothing has run. */
+  acre_status (*loop_record)(acre_queue *, acre_loop **out, void (*step)(void *),
+                             void *context, const int32_t *id, int64_t most, acre_error *);
+  /* Enqueues the next `count` steps. */
+  void (*loop_run)(acre_loop *, int64_t count);
+  /* ids [count] of steps [first, first + count), which were run; waits for no later ones than
+   * those of the same loop_run. Reports the queue's first failure, as sync does. */
+  acre_status (*loop_read)(acre_loop *, int32_t *ids, int64_t first, int64_t count,
+                           acre_error *);
+  void (*loop_release)(acre_loop *); /* waits for its steps; before the queue is closed */
 } acre_backend_ops;
 
 struct acre_backend {

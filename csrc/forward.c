@@ -120,9 +120,12 @@ static stretch stretch_at(const acre_pass *pass, int64_t i) {
 static void embed(flow *f) {
   const acre_model_config *c = &f->model->config;
   const acre_pass *pass = f->pass;
-  f->ops->upload(f->ws->queue, f->ws->ids, pass->ids, (size_t)pass->rows * sizeof(int32_t));
   f->l1_rows = 0;
-  if (acre_model_has_l1(f->model)) {
+  if (pass->ids) {
+    f->ops->upload(f->ws->queue, f->ws->ids, pass->ids,
+                   (size_t)pass->rows * sizeof(int32_t));
+  }
+  if (pass->ids && acre_model_has_l1(f->model)) {
     for (int64_t i = 0; i < pass->rows; ++i) {
       if (pass->ids[i] != c->vocab_size) continue;
       f->ws->l1_host[f->l1_rows++] = (int32_t)i;

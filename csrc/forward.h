@@ -44,7 +44,7 @@ typedef struct acre_seat {
 } acre_seat;
 
 typedef struct acre_pass {
-  const int32_t *ids;          /* host [rows] */
+  const int32_t *ids;          /* host [rows]; NULL: no L1 token, they are in ws->ids */
   int64_t rows;                /* 1 to the workspace's rows */
   int64_t first_position;      /* of the timeline's entry 0 */
   const acre_timeline *prefix; /* nullable; wholly visible, its `count` entries */

@@ -6,6 +6,7 @@
  *
  * Sessions that were opened together share what a pass needs, and may take a step in one
  * pass: a row for each, on its own timeline. */
+#include "ahead.h"
 #include "desk.h"
 #include "refill.h"
 #include "score.h"
@@ -28,7 +29,10 @@ struct acre_session {
   bool pending;    /* the last of history is chosen but not processed */
   bool listed;     /* in the batch that is being checked */
   uint64_t step;   /* draws so far */
+  acre_ahead ahead;
 };
+
+enum { AHEAD_AFTER = 4 }; /* tokens that the host steps to: short answers need no loop */
 
 static acre_status enter(acre_session *s, acre_error *error) {
   if (!atomic_flag_test_and_set(&s->desk->busy)) return ACRE_OK;
@@ -125,6 +129,7 @@ acre_status acre_session_open(acre_session **out, acre_model *model, acre_cache 
 
 void acre_session_release(acre_session *s) {
   if (!s) return;
+  acre_ahead_drop(&s->ahead, s->model);
   acre_timeline_close(&s->own);
   acre_free(s->history);
   acre_cache_release(s->cache);
@@ -177,6 +182,7 @@ static acre_status check_room(const acre_session *s, int64_t t, acre_error *erro
 static acre_status run_scoring(acre_session *s, acre_scoring *scoring, acre_timeline *own,
                                const int32_t *ids, int64_t t, int64_t layers,
                                acre_error *error) {
+  acre_ahead_drop(&s->ahead, s->model);
   for (int64_t i = 0; i < t; i += s->desk->ws.rows) {
     scoring->offset = i;
     acre_pass pass = {.ids = ids + i,
@@ -273,6 +279,7 @@ static acre_status refill(acre_session *s, const int32_t *groups, int64_t k, boo
     ACRE_TRY(acre_refill_open(&own, s->cache, s->desk->ws.queue, groups, k, per_layer,
                               s->capacity, error));
   }
+  acre_ahead_drop(&s->ahead, s->model);
   acre_timeline_close(&s->own);
   s->own = own;
   s->prefix = prefix;
@@ -304,6 +311,7 @@ static void download_logits(acre_session *s, float *host, float *block, int64_t 
 }
 
 static void run(acre_session *s, const int32_t *ids, int64_t t, float *host, float *block) {
+  acre_ahead_drop(&s->ahead, s->model);
   int64_t vocab = s->model->config.vocab_size;
   for (int64_t i = 0; i < t; i += s->desk->ws.rows) {
     int64_t rows = acre_min(t - i, s->desk->ws.rows);
@@ -338,6 +346,7 @@ static acre_status prefill(acre_session *s, const int32_t *ids, int64_t t, float
   memcpy(s->history + s->history_count, ids, (size_t)t * sizeof *ids);
   s->history_count += t;
   s->has_logits = true;
+  s->ahead.spent = false;
   acre_status status = ops->sync(s->desk->ws.queue, error);
   acre_buffer_release(block);
   return status;
@@ -400,11 +409,29 @@ static acre_status choose(acre_session *const *sessions, int64_t count, int32_t 
   return ACRE_OK;
 }
 
+/* Whether the device may go on by itself: greedy, and nobody else at the desk. */
+static bool goes_ahead(acre_session *s, const acre_sampling *sampling) {
+  if (sampling->temperature != 0 || sampling->repetition_penalty != 1) return false;
+  if (!s->pending || s->step < AHEAD_AFTER || s->desk->sessions > 1) return false;
+  if (!s->ahead.spent) {
+    acre_ahead_begin(&s->ahead, s->model, &s->desk->ws, s->prefix, &s->own, s->logits,
+                     s->history[s->history_count - 1], s->capacity - s->used);
+  }
+  return s->ahead.loop != NULL;
+}
+
 static acre_status next(acre_session *s, int32_t *token, const acre_sampling *given,
                         acre_error *error) {
-  acre_sampling unused;
-  ACRE_TRY(take_sampling(&unused, given, error));
+  acre_sampling sampling;
+  ACRE_TRY(take_sampling(&sampling, given, error));
   ACRE_TRY(check_next(s, error));
+  if (goes_ahead(s, &sampling)) {
+    ACRE_TRY(acre_ahead_next(&s->ahead, s->model, token, error));
+    s->history[s->history_count++] = *token;
+    s->used++;
+    s->step++;
+    return ACRE_OK;
+  }
   catch_up(s);
   ask_for(&s->desk->choices[0], s, s->logits, given);
   return choose(&s, 1, token, error);
@@ -457,6 +484,7 @@ static void catch_up_all(acre_session *const *sessions, int64_t count,
     acre_session *s = sessions[i];
     const acre_sampling *sampling = samplings ? samplings[i] : NULL;
     ask_for(&d->choices[i], s, s->logits, sampling);
+    acre_ahead_drop(&s->ahead, s->model);
     if (!s->pending) continue;
     d->choices[i].logits = logits + rows * d->model->config.vocab_size;
     d->ids[rows] = s->history[s->history_count - 1];

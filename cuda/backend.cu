@@ -21,13 +21,7 @@ acre_status sync(acre_queue *queue, acre_error *error) {
   on_device scope(queue->owner->ordinal);
   check(&queue->failure, cudaStreamSynchronize(queue->stream),
         ACRE_SITE("cudaStreamSynchronize"));
-  failure *loading = &queue->owner->loader->failure;
-  failure *worst = queue->failure.failed ? &queue->failure : loading;
-  if (!worst->failed) return ACRE_OK;
-  bool told = __atomic_exchange_n(&worst->told, true, __ATOMIC_ACQ_REL);
-  return acre_fail(
-      error, ACRE_DEVICE, "%s%s",
-      told ? "the device failed before: " : "the device failed: ", worst->message);
+  return report(queue, error);
 }
 
 void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
@@ -118,6 +112,10 @@ acre_backend_ops operations_for(const backend *owner) {
   ops.argmax = acre_cuda_argmax;
   ops.top = acre_cuda_top;
   ops.penalize = acre_cuda_penalize;
+  ops.loop_record = acre_cuda_loop_record;
+  ops.loop_run = acre_cuda_loop_run;
+  ops.loop_read = acre_cuda_loop_read;
+  ops.loop_release = acre_cuda_loop_release;
   choose_for(&ops, owner);
   return ops;
 }

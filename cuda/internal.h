@@ -59,7 +59,6 @@ struct staging {
 
 struct backend {
   acre_backend base;
-  acre_backend_ops ops; /* chosen for this chip */
   int ordinal;
   limits chip;
   int64_t references;
@@ -70,6 +69,7 @@ struct backend {
   acre_mutex *loading; /* of `loader` */
   acre_queue *loader;  /* for what comes without a queue: zeroing, weights */
   char isa[32];
+  acre_backend_ops ops; /* chosen for this chip */
 };
 
 /* The device of the calling thread is ours while this lives. */
@@ -99,6 +99,9 @@ struct acre_queue {
   acre_buffer *workspace;
   acre::staging staging;
   acre_gemm *gemm;
+  /* While a loop is recorded: device memory that counts its steps, and the most of them. */
+  const int32_t *steps;
+  int64_t steps_most;
 };
 
 /* Numbers of T; number (n, k) lies n * row_step + k * column_step after the first. */
@@ -147,6 +150,9 @@ void copy(acre_queue *queue, void *to, const void *from, size_t bytes);
 /* Whether kernels may read it. */
 bool on_any_device(const void *memory);
 
+/* The first failure of the queue, or of what comes without one. */
+acre_status report(acre_queue *queue, acre_error *error);
+
 /* A backend lives until it is destroyed and its last buffer is gone. */
 void leave(backend *owner);
 
@@ -187,8 +193,10 @@ void launch(acre_queue *queue, const site &at, void (*kernel)(P...), int64_t blo
   kernel<<<grid, block, shared, queue->stream>>>(static_cast<P>(arguments)...);
   check(&queue->failure, cudaGetLastError(), at);
 #else
-  check(&queue->failure,
-        acre_host_launch(at.call, kernel, grid, block, shared, arguments...), at);
+  check(
+      &queue->failure,
+      acre_host_enqueue(at.call, queue->stream, kernel, grid, block, shared, arguments...),
+      at);
 #endif
 }
 
@@ -302,6 +310,14 @@ void acre_cuda_top(acre_queue *, float *values, int32_t *ids, float *mass,
                    const float *logits, int64_t vocab, int64_t k, float scale);
 void acre_cuda_penalize(acre_queue *, float *logits, const int32_t *ids, int64_t count,
                         float penalty);
+/* loop.cu */
+acre_status acre_cuda_loop_record(acre_queue *, acre_loop **out, void (*step)(void *),
+                                  void *context, const int32_t *id, int64_t most,
+                                  acre_error *);
+void acre_cuda_loop_run(acre_loop *, int64_t count);
+acre_status acre_cuda_loop_read(acre_loop *, int32_t *ids, int64_t first, int64_t count,
+                                acre_error *);
+void acre_cuda_loop_release(acre_loop *);
 /* optimiser.cu */
 void acre_cuda_sum_squares(acre_queue *, double *out, const float *x, int64_t n);
 void acre_cuda_adamw(acre_queue *, float *w, float *first, float *second,

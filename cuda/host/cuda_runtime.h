@@ -22,9 +22,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-struct __align__(16) uint4 {
-  unsigned x, y, z, w;
-};
+struct __align__(16) uint4 { unsigned x, y, z, w; };
 
 struct dim3 {
   unsigned x, y, z;
@@ -42,6 +40,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
@@ -60,8 +59,16 @@ struct cudaPointerAttributes {
 };
 
 typedef struct acre_host_stream {
-  void (*access)(bool begins); /* for libraries that touch device memory by themselves */
+  /* For libraries that touch device memory by themselves. */
+  void (*access)(bool begins);
+  /* Whether what run(arguments) does is kept for a graph that is recorded, instead of being
+   * done now; `size` bytes of arguments are copied. */
+  bool (*keep)(acre_host_stream *stream, void (*run)(const void *), const void *arguments,
+               size_t size);
+  struct acre_host_graph *recorded; /* NULL: nothing is */
 } *cudaStream_t;
+typedef struct acre_host_graph *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct acre_host_event *cudaEvent_t;
 
 extern "C" {
@@ -88,6 +95,13 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
+                                 unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 cudaError_t acre_host_malloc(void **out, size_t bytes, bool device);
 /* What a device does with its memory happens between these two. */
 void acre_host_access(bool begins);
@@ -189,24 +203,50 @@ static inline T min(T a, T b) {
 
 /* ------------------------------------------------------------------ launching */
 
-extern "C" cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
-                                     void (*call)(const void *), const void *arguments);
+/* What a part of a graph came to. */
+extern "C" void acre_host_replayed(cudaError_t error);
+
+/* A launch: the call that each thread makes, and its arguments. */
+struct acre_host_work {
+  const char *name;
+  dim3 grid, block;
+  size_t shared;
+  void (*call)(const void *);
+};
+
+extern "C" cudaError_t acre_host_run(const acre_host_work *kernel, const void *arguments);
 
 template <class... P>
 struct acre_host_call {
+  acre_host_work launch;
   void (*kernel)(P...);
   std::tuple<P...> arguments;
   static void run(const void *call) {
     const acre_host_call *self = (const acre_host_call *)call;
     std::apply(self->kernel, self->arguments);
   }
+  static void replay(const void *call) {
+    const acre_host_call *self = (const acre_host_call *)call;
+    acre_host_replayed(acre_host_run(&self->launch, call));
+  }
 };
 
 template <class... P, class... A>
+cudaError_t acre_host_enqueue(const char *name, cudaStream_t stream, void (*kernel)(P...),
+                              dim3 grid, dim3 block, size_t shared, A... arguments) {
+  acre_host_call<P...> call = {{name, grid, block, shared, acre_host_call<P...>::run},
+                               kernel,
+                               std::tuple<P...>(arguments...)};
+  if (stream && stream->keep(stream, acre_host_call<P...>::replay, &call, sizeof call))
+    return cudaSuccess;
+  return acre_host_run(&call.launch, &call);
+}
+
+/* On no stream: at once. */
+template <class... P, class... A>
 cudaError_t acre_host_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
                              size_t shared, A... arguments) {
-  acre_host_call<P...> call = {kernel, std::tuple<P...>(arguments...)};
-  return acre_host_run(name, grid, block, shared, acre_host_call<P...>::run, &call);
+  return acre_host_enqueue(name, NULL, kernel, grid, block, shared, arguments...);
 }
 
 #endif

@@ -319,24 +319,25 @@ void acre_host_fault(const char *rule) {
   here.broken = true;
 }
 
-cudaError_t acre_host_run(const char *name, dim3 grid, dim3 block, size_t shared,
-                          void (*call)(const void *), const void *arguments) {
+cudaError_t acre_host_run(const acre_host_work *kernel, const void *arguments) {
   machine *m = &here;
-  launches++, latest = name;
+  dim3 grid = kernel->grid, block = kernel->block;
+  size_t shared = kernel->shared;
+  launches++, latest = kernel->name;
   cudaError_t refused = acre_host_result();
   if (refused != cudaSuccess) return refused;
   if (!allowed(grid, block, shared) || !prepare(m)) {
-    fprintf(stderr, "kernel %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n", name,
-            grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+    fprintf(stderr, "kernel %s: grid %u %u %u, block %u %u %u, %zu bytes shared\n",
+            kernel->name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
     return cudaErrorInvalidValue;
   }
   void *memory = NULL;
   if (posix_memalign(&memory, 128, shared ? shared : 1) != 0)
     return cudaErrorMemoryAllocation;
   m->shared = (unsigned char *)memory;
-  m->call = call, m->arguments = arguments;
+  m->call = kernel->call, m->arguments = arguments;
   acre_host_access(true);
-  cudaError_t error = run_blocks(m, name, grid, block, shared);
+  cudaError_t error = run_blocks(m, kernel->name, grid, block, shared);
   acre_host_access(false);
   free(memory);
   m->shared = NULL;

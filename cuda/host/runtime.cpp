@@ -16,6 +16,17 @@ struct acre_host_event {
   int unused;
 };
 
+/* What a stream was asked for while it was recorded, the first of it first. */
+struct acre_host_part {
+  acre_host_part *next;
+  void (*run)(const void *);
+  size_t size;
+  alignas(16) unsigned char arguments[];
+};
+struct acre_host_graph {
+  acre_host_part *first, **last;
+};
+
 acre_host_machine acre_host_is = {13000, 1, 8, 0};
 
 namespace {
@@ -33,6 +44,51 @@ cudaError_t result(cudaError_t error = cudaSuccess) {
   if (fail_countdown > 0 && --fail_countdown == 0) error = (cudaError_t)fail_error;
   if (error != cudaSuccess) last = error;
   return error;
+}
+
+struct copying {
+  void *to;
+  const void *from; /* NULL: all bytes become `value` */
+  size_t bytes;
+  int value;
+};
+
+void copy_bytes(const void *asked) {
+  const copying *c = (const copying *)asked;
+  acre_host_access(true);
+  if (c->from)
+    memcpy(c->to, c->from, c->bytes);
+  else
+    memset(c->to, c->value, c->bytes);
+  acre_host_access(false);
+}
+
+bool keep(acre_host_stream *stream, void (*run)(const void *), const void *arguments,
+          size_t size) {
+  acre_host_graph *graph = stream->recorded;
+  if (!graph) return false;
+  acre_host_part *part = (acre_host_part *)acre_alloc(sizeof *part + size);
+  if (!part) return false;
+  part->next = NULL, part->run = run, part->size = size;
+  memcpy(part->arguments, arguments, size);
+  *graph->last = part, graph->last = &part->next;
+  return true;
+}
+
+cudaError_t replayed;
+
+/* Of what a stream that is recorded cannot do. */
+cudaError_t unrecorded(const acre_host_stream *stream) {
+  return stream && stream->recorded ? result(cudaErrorStreamCaptureUnsupported) : result();
+}
+
+void free_graph(acre_host_graph *graph) {
+  for (acre_host_part *part = graph ? graph->first : NULL; part;) {
+    acre_host_part *next = part->next;
+    acre_free(part);
+    part = next;
+  }
+  acre_free(graph);
 }
 
 template <class T>
@@ -67,6 +123,7 @@ const char *cudaGetErrorName(cudaError_t error) {
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
   }
   return "unknown error";
 }
@@ -147,19 +204,19 @@ cudaError_t cudaFree(void *memory) {
 cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
+                            cudaStream_t stream) {
   cudaError_t error = result();
-  acre_host_access(true);
-  if (error == cudaSuccess) memcpy(to, from, bytes);
-  acre_host_access(false);
+  copying copy = {to, from, bytes, 0};
+  if (error == cudaSuccess && !stream->keep(stream, copy_bytes, &copy, sizeof copy))
+    copy_bytes(&copy);
   return error;
 }
 
-cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
   cudaError_t error = result();
-  acre_host_access(true);
-  if (error == cudaSuccess) memset(to, value, bytes);
-  acre_host_access(false);
+  copying fill = {to, NULL, bytes, value};
+  if (error == cudaSuccess && !stream->keep(stream, copy_bytes, &fill, sizeof fill))
+    copy_bytes(&fill);
   return error;
 }
 
@@ -175,13 +232,62 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *mem
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
   cudaError_t error = create(out);
-  if (error == cudaSuccess) (*out)->access = acre_host_access;
+  if (error == cudaSuccess) (*out)->access = acre_host_access, (*out)->keep = keep;
   return error;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaFree(stream); }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return result(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return unrecorded(stream); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return create(out); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return cudaFree(event); }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return result(); }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return unrecorded(stream); }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return result(); }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  cudaError_t error = unrecorded(stream);
+  if (error == cudaSuccess) error = create(&stream->recorded);
+  if (error == cudaSuccess) stream->recorded->last = &stream->recorded->first;
+  return error;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
+  acre_host_graph *graph = stream->recorded;
+  stream->recorded = NULL, *out = NULL;
+  cudaError_t error = result(graph ? cudaSuccess : cudaErrorStreamCaptureUnsupported);
+  if (error == cudaSuccess)
+    *out = graph;
+  else
+    free_graph(graph);
+  return error;
+}
+
+/* Takes the parts over. */
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
+                                 unsigned long long) {
+  cudaError_t error = create(out);
+  if (error != cudaSuccess) return error;
+  (*out)->first = graph->first;
+  graph->first = NULL;
+  return error;
+}
+
+void acre_host_replayed(cudaError_t error) {
+  if (replayed == cudaSuccess) replayed = error;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  cudaError_t error = unrecorded(stream);
+  replayed = cudaSuccess;
+  for (acre_host_part *part = graph->first; part && error == cudaSuccess;) {
+    part->run(part->arguments);
+    error = replayed;
+    part = part->next;
+  }
+  return error == cudaSuccess ? error : result(error);
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  free_graph(graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cudaGraphDestroy(graph); }
 }
