@@ -253,7 +253,7 @@ typedef struct acre_backend_ops {
 
   /* The k highest logits of one row [vocab], the highest first: values [k] and ids [k], k <=
    * vocab, ACRE_TOP_MOST. *mass = sum of exp(scale * (logit - values[0])) over all logits
-   * above -infinity, to within 2^-12 of it, where values[0] is finite. */
+   * above -infinity, to within 2^-16 of it, where values[0] is finite. */
   void (*top)(acre_queue *, float *values, int32_t *ids, float *mass, const float *logits,
               int64_t vocab, int64_t k, float scale);
 

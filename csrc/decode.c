@@ -123,7 +123,7 @@ int32_t acre_sample(const float *logits, acre_candidate *candidates, int64_t voc
 /* ---------------------------------------------------------------- from the highest alone */
 
 enum { NUCLEUS_TOP = 256 };               /* of a top-p without a top-k */
-static const double MASS_ERROR = 0x1p-11; /* of a mass that is not ours, and more */
+static const double MASS_ERROR = 0x1p-15; /* of a mass that is not ours, and more */
 
 int64_t acre_sampling_top(const acre_sampling *s, int64_t vocab) {
   if (s->temperature == 0) return 1;

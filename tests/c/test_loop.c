@@ -276,6 +276,7 @@ static void test_sessions(void) {
   acre_engine *engine = NULL;
   CHECK(acre_engine_open(&engine, &options, &error) == ACRE_OK);
   if (!engine) fprintf(stderr, "  %s\n", error.message);
+  size_t empty = engine ? acre_engine_bytes(engine) : 0;
   for (int i = 0; engine && i < 2; i++) {
     acre_model *model = tiny_model(engine, i ? ACRE_BF16 : ACRE_F32, true, &error);
     acre_build_options build = tiny_options((acre_proxy)i);
@@ -287,7 +288,7 @@ static void test_sessions(void) {
     test_answer(engine, model, cache, true), test_answer(engine, model, cache, false);
     test_between(model, cache);
     acre_cache_release(cache), acre_model_release(model);
-    CHECK(acre_engine_bytes(engine) == 0);
+    CHECK(acre_engine_bytes(engine) == empty);
   }
   acre_engine_release(engine);
 }
@@ -296,7 +297,7 @@ int main(int argc, char **argv) {
   if (!open_backends(argc, argv, 41)) return 1;
   test_layers();
   test_failures();
-  test_sessions();
   close_backends();
+  test_sessions(); /* a plug-in has a count of its allocations of its own */
   return check_report();
 }
