@@ -14,11 +14,12 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acre import _core, generate, storage
+from acre import _core, generate, storage, together
 from acre.build import (
     Figures,
     Progress,
@@ -30,7 +31,7 @@ from acre.build import (
     read,
 )
 from acre.chat import Frame
-from acre.generate import Sampling, Stream, Streamer, integer
+from acre.generate import Generation, Sampling, Stream, Streamer, Writer, integer
 from acre.model import check_ids, check_text, elapsed_ms, is_batch, new_token_limit
 from acre.report import Answer, Layout, Span, Stats, spans_of
 from acre.scoring import Scoring
@@ -54,6 +55,34 @@ class _Ask:
     scoring: Scoring
     groups: np.ndarray | None = None
     query: str | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question on the text as it was then, its options, and what they come to."""
+
+    state: State
+    query: tuple[np.ndarray, int, int]
+    ask: _Ask
+    sampling: Sampling
+    limit: int  # new tokens
+    k: int  # groups refilled
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of question and answer."""
+        return len(self.query[0]) + self.limit
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What stands before an answer: groups, scores, and readings of the clock."""
+
+    groups: np.ndarray
+    scores: np.ndarray | None
+    start: float
+    scored: float
+    refilled: float
 
 
 def _check_groups(groups: Any) -> np.ndarray | None:
@@ -330,54 +359,49 @@ class Cache:
     ) -> list[Span]:
         return spans_of(state.layout, state.core.ids, groups, scores, self.model.decode)
 
-    def _answer(
-        self, question: str | Ids, ask: _Ask, sampling: Sampling, streamer: Any
-    ) -> Generator[str, None, Answer]:
-        """Checks now; scores, refills and decodes when iterated."""
+    def _asked(self, question: str | Ids, ask: _Ask, sampling: Sampling) -> _Asked:
+        """A question whose every check has passed."""
         state = self._state
         if sampling.stop and self.model.tokenizer is None:
             raise ValueError("stop: needs a tokenizer, the model has none")
+        k = 0 if ask.groups is None else int(ask.groups.shape[-1])
         if ask.groups is None:
-            state.core.refill_count(ask.eta)
+            k = state.core.refill_count(ask.eta)
         query = self._question(question, ask.query)
         t = len(query[0])
         limit = new_token_limit(
             sampling.max_new_tokens, t, self._room(state, t), "question", "the reserve"
         )
-        target = Streamer(streamer)
-        return self._pieces(state, query, ask, sampling, limit, target)
+        return _Asked(state, query, ask, sampling, limit, k)
 
-    def _pieces(
-        self,
-        state: State,
-        query: tuple[np.ndarray, int, int],
-        ask: _Ask,
-        sampling: Sampling,
-        limit: int,
-        target: Streamer,
-    ) -> Generator[str, None, Answer]:
-        """The two passes and the token loop; yields text, returns the Answer."""
-        ids, model = query[0], self.model
+    def _begin(self, asked: _Asked, session: _core.Session, target: Streamer) -> _Begun:
+        """The two passes: scores, refills and prefills."""
         start = time.perf_counter()
-        session = _core.Session(model.core, state.core, capacity=len(ids) + limit)
-        target.prompt(ids)
-        groups, scores = self._choose(state, session, query, ask)
+        target.prompt(asked.query[0])
+        groups, scores = self._choose(asked.state, session, asked.query, asked.ask)
         scored = time.perf_counter()
         session.refill(groups)
         refilled = time.perf_counter()
-        session.prefill(ids)
-        result = yield from generate.run(
-            session, sampling, limit, model.tokenizer, model.eos_ids, target
+        session.prefill(asked.query[0])
+        return _Begun(groups, scores, start, scored, refilled)
+
+    def _writer(self, asked: _Asked, target: Streamer) -> Writer:
+        model = self.model
+        return Writer(
+            asked.sampling, asked.limit, model.tokenizer, model.eos_ids, target
         )
+
+    def _end(self, asked: _Asked, begun: _Begun, result: Generation) -> Answer:
+        state, groups, scores = asked.state, begun.groups, begun.scores
         stats = replace(
             self._stats(state),
             tokens_reused=state.layout.n,
             tokens_recomputed=0,
-            score_ms=elapsed_ms(start, scored),
-            refill_ms=elapsed_ms(scored, refilled),
-            time_to_first_token_ms=elapsed_ms(start, result.first_token_at),
+            score_ms=elapsed_ms(begun.start, begun.scored),
+            refill_ms=elapsed_ms(begun.scored, begun.refilled),
+            time_to_first_token_ms=elapsed_ms(begun.start, result.first_token_at),
             decode_tokens_per_s=result.decode_tokens_per_s,
-            prompt_tokens=len(ids),
+            prompt_tokens=len(asked.query[0]),
             new_tokens=len(result.ids),
             groups_refilled=int(groups.shape[-1]),
         )
@@ -390,8 +414,25 @@ class Cache:
             scores,
             result.finish_reason,
             state.layout.text,
-            self._settings(state, ask, sampling),
+            self._settings(state, asked.ask, asked.sampling),
         )
+
+    def _pieces(self, asked: _Asked, target: Streamer) -> Generator[str, None, Answer]:
+        """Scores, refills and decodes when iterated; yields text, returns the
+        Answer."""
+        session = _core.Session(
+            self.model.core, asked.state.core, capacity=asked.capacity
+        )
+        begun = self._begin(asked, session, target)
+        result = yield from generate.run(session, self._writer(asked, target))
+        return self._end(asked, begun, result)
+
+    def _task(self, asked: _Asked) -> together.Task:
+        return together.Task(
+            asked.state.core, asked.capacity, asked.k,
+            partial(self._begin, asked), partial(self._writer, asked),
+            partial(self._end, asked),
+        )  # fmt: skip
 
     def ask(
         self,
@@ -409,6 +450,7 @@ class Cache:
         scoring: Scoring | None = None,
         query: str | None = None,
         streamer: Any = None,
+        batch: int | None = None,
     ) -> Answer | list[Answer]:
         """Answers a question (a list gives a list); the cache stays as it is.
 
@@ -418,7 +460,10 @@ class Cache:
         model's choice for the cache's proxy. query: the part of the question whose
         tokens score the groups, None = all of it; leave out what is only wording, as
         "answer in one word". Question and new tokens must fit the reserve; only the
-        default number of new tokens yields. ValueError, TypeError, TooLongError,
+        default number of new tokens yields. batch: of a list, how many are decoded in
+        step at most (None = 8, as far as memory has room), which changes no answer on
+        the CPU; a streamer sees them one after the other all the same, and questions
+        are checked before the first is answered. ValueError, TypeError, TooLongError,
         MemoryError.
         """
         options = self._options(eta, select, scoring, groups, query)
@@ -427,12 +472,13 @@ class Cache:
         )
         if isinstance(question, (list, tuple)) and not question:
             raise ValueError("question: got an empty list")
+        most, target = together.batch_size(batch), Streamer(streamer)
         if is_batch(question):
-            return [
-                Stream(self._answer(one, options, sampling, streamer)).finish()
-                for one in question
-            ]
-        return Stream(self._answer(question, options, sampling, streamer)).finish()
+            asked = [self._asked(one, options, sampling) for one in question]
+            tasks = [self._task(one) for one in asked]
+            return together.answers(self.model.core, tasks, most, target)
+        asked = self._asked(question, options, sampling)
+        return Stream(self._pieces(asked, target)).finish()
 
     def stream(
         self,
@@ -449,7 +495,8 @@ class Cache:
         """As `ask` for one question, as an iterator over text pieces; its `.answer` is
         the Answer once the pieces are used up."""
         options = self._options(eta, select, scoring, groups, query)
-        return Stream(self._answer(question, options, Sampling(**sampling), streamer))
+        asked = self._asked(question, options, Sampling(**sampling))
+        return Stream(self._pieces(asked, Streamer(streamer)))
 
     def score(
         self,

@@ -238,76 +238,86 @@ class Generation:
         return (len(self.ids) - 1) / self.decode_s
 
 
-def run(
-    session: Session,
-    sampling: Sampling,
-    limit: int,
-    tokenizer: Tokenizer | None,
-    eos_ids: Iterable[int],
-    streamer: Streamer,
-) -> Generator[str, None, Generation]:
-    """Decodes at most `limit` tokens from a prefilled session, yielding text pieces.
+class Writer:
+    """One answer as it comes: takes its tokens, gives pieces of text, knows its end."""
 
-    An end-of-text token ends the loop; it counts among the ids, not in the text.
-    Returns the Generation. Time spent by the consumer between pieces is not counted.
-    """
-    out, ends = Generation(), frozenset(eos_ids)
-    words = Detokenizer(tokenizer.decode) if tokenizer is not None else None
-    stops = StopFinder(sampling.stop)
-    pieces: list[str] = []
-    try:
-        for token in _tokens(session, sampling, limit, out, streamer):
-            if token in ends:
-                out.finish_reason = "eos"
-                break
-            piece = stops.put(words.put(token)) if words else ""
-            if piece:
-                pieces.append(piece)
-                streamer.text(piece)
-                yield piece
-            if stops.found:
-                break
-        piece = _rest(words, stops)
-        if piece:
-            pieces.append(piece)
-            streamer.text(piece)
-            yield piece
-    finally:
-        streamer.end()
-    if stops.found:
-        out.finish_reason = "stop"
-    out.text = "".join(pieces)
-    return out
+    def __init__(
+        self,
+        sampling: Sampling,
+        limit: int,
+        tokenizer: Tokenizer | None,
+        eos_ids: Iterable[int],
+        streamer: Streamer,
+    ) -> None:
+        """Of at most `limit` tokens; one of eos_ids ends it and counts among the ids,
+        not in the text."""
+        self.options = sampling.options()
+        self.streamer = streamer
+        self.done = False
+        self._out, self._limit, self._ends = Generation(), limit, frozenset(eos_ids)
+        self._words = Detokenizer(tokenizer.decode) if tokenizer is not None else None
+        self._stops = StopFinder(sampling.stop)
+        self._pieces: list[str] = []
 
-
-def _tokens(
-    session: Session,
-    sampling: Sampling,
-    limit: int,
-    out: Generation,
-    streamer: Streamer,
-) -> Generator[int, None, None]:
-    """At most `limit` tokens of the session, entered into `out` with their times."""
-    options = sampling.options()
-    while len(out.ids) < limit:
-        start = time.perf_counter()
-        token = int(session.next(**options))
-        now = time.perf_counter()
+    def put(self, token: int, start: float) -> str:
+        """Takes a token that was asked for at `start` (perf_counter); returns the text
+        that it made certain."""
+        out, now = self._out, time.perf_counter()
         out.ids.append(token)
         if len(out.ids) == 1:
             out.first_token_at = now
         else:
             out.decode_s += now - start
-        streamer.token(token)
-        yield token
+        self.streamer.token(token)
+        piece = ""
+        if token in self._ends:
+            out.finish_reason, self.done = "eos", True
+        else:
+            piece = self._stops.put(self._words.put(token)) if self._words else ""
+            self.done = self._stops.found or len(out.ids) == self._limit
+        self._give(piece)
+        return piece
+
+    def rest(self) -> str:
+        """The text still held back when no token follows."""
+        if self._words is None or self._stops.found:
+            return ""
+        piece = self._stops.put(self._words.end())
+        if not self._stops.found:
+            piece += self._stops.end()
+        self._give(piece)
+        return piece
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self.streamer.text(piece)
+
+    def result(self) -> Generation:
+        """What was made."""
+        if self._stops.found:
+            self._out.finish_reason = "stop"
+        self._out.text = "".join(self._pieces)
+        return self._out
 
 
-def _rest(words: Detokenizer | None, stops: StopFinder) -> str:
-    """The text still held back when no token follows."""
-    if words is None or stops.found:
-        return ""
-    piece = stops.put(words.end())
-    return piece if stops.found else piece + stops.end()
+def run(session: Session, writer: Writer) -> Generator[str, None, Generation]:
+    """Decodes from a prefilled session until the writer is done, yielding text pieces.
+
+    Returns the Generation. Time spent by the consumer between pieces is not counted.
+    """
+    try:
+        while not writer.done:
+            start = time.perf_counter()
+            piece = writer.put(int(session.next(**writer.options)), start)
+            if piece:
+                yield piece
+        piece = writer.rest()
+        if piece:
+            yield piece
+    finally:
+        writer.streamer.end()
+    return writer.result()
 
 
 class Stream:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acre import _core, devices, generate, loaders
+from acre import _core, devices, generate, loaders, together
 from acre.adapter import trained_windows
 from acre.errors import ModelFileError
 from acre.fingerprints import Fingerprints, Prints
-from acre.generate import Sampling, Stream, Streamer, integer
+from acre.generate import Generation, Sampling, Stream, Streamer, Writer, integer
 from acre.scoring import PROXIES, pooling, registered
 from acre.tokenizer import Tokenizer
 
@@ -351,9 +352,9 @@ class Model:
         return session.prefill(checked, logits=True)
 
     def _generation(
-        self, prompt: str | Ids, sampling: Sampling, streamer: Any
-    ) -> Generator[str, None, generate.Generation]:
-        """Checks now, generates when iterated."""
+        self, prompt: str | Ids, sampling: Sampling
+    ) -> tuple[np.ndarray, Callable[[Streamer], Writer], int]:
+        """(ids [t], what writes the answer, capacity) of a prompt, all checked."""
         ids = self.encode("prompt", prompt, special=True)
         room = self.config["w_max"] - len(ids)
         limit = new_token_limit(
@@ -361,19 +362,29 @@ class Model:
         )
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: needs a tokenizer, the model has none")
+
+        def writer(target: Streamer) -> Writer:
+            return Writer(sampling, limit, self.tokenizer, self.eos_ids, target)
+
+        return ids, writer, len(ids) + limit
+
+    def _streamed(self, prompt: str | Ids, sampling: Sampling, streamer: Any) -> Stream:
+        """Checks now, generates when iterated."""
+        ids, writer, capacity = self._generation(prompt, sampling)
         target = Streamer(streamer)
 
-        def pieces() -> Generator[str, None, generate.Generation]:
-            session = _core.Session(self.core, None, capacity=len(ids) + limit)
-            target.prompt(ids)
-            session.prefill(ids)
-            return (
-                yield from generate.run(
-                    session, sampling, limit, self.tokenizer, self.eos_ids, target
-                )
-            )
+        def pieces() -> Generator[str, None, Generation]:
+            session = _core.Session(self.core, None, capacity=capacity)
+            _prefill(ids, session, target)
+            return (yield from generate.run(session, writer(target)))
 
-        return pieces()
+        return Stream(pieces())
+
+    def _task(self, prompt: str | Ids, sampling: Sampling) -> together.Task:
+        ids, writer, capacity = self._generation(prompt, sampling)
+        return together.Task(
+            None, capacity, 0, partial(_prefill, ids), writer, lambda _, made: made.text
+        )
 
     def generate(
         self,
@@ -386,35 +397,37 @@ class Model:
         seed: int = 0,
         stop: str | list[str] | None = None,
         streamer: Any = None,
+        batch: int | None = None,
     ) -> str | list[str]:
         """Plain generation with full attention; the new text only.
 
         prompt: a string (encoded as the tokenizer does, no chat template) or token ids;
         a list of prompts gives a list. streamer: put/end object or a callable taking
-        text. ValueError, TooLongError (prompt and new tokens exceed w_max).
+        text. batch: of a list, how many are decoded in step at most (None = 8, as far
+        as memory has room), which changes no text on the CPU. ValueError, TooLongError
+        (prompt and new tokens exceed w_max), MemoryError.
         """
         if self.tokenizer is None:
             raise ValueError("generate: the model has no tokenizer; use generate_ids")
         sampling = Sampling(
             max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop
         )
+        most = together.batch_size(batch)
         if is_batch(prompt):
-            return [
-                Stream(self._generation(one, sampling, streamer)).finish().text
-                for one in prompt
-            ]
-        return Stream(self._generation(prompt, sampling, streamer)).finish().text
+            tasks = [self._task(one, sampling) for one in prompt]
+            return together.answers(self.core, tasks, most, Streamer(streamer))
+        return self._streamed(prompt, sampling, streamer).finish().text
 
     def generate_ids(self, prompt: str | Ids, **sampling: Any) -> np.ndarray:
         """As `generate` for one prompt, but the new token ids: int32 [new tokens]."""
         streamer = sampling.pop("streamer", None)
-        pieces = self._generation(prompt, Sampling(**sampling), streamer)
-        return np.array(Stream(pieces).finish().ids, dtype=np.int32)
+        made = self._streamed(prompt, Sampling(**sampling), streamer).finish()
+        return np.array(made.ids, dtype=np.int32)
 
     def stream(self, prompt: str | Ids, **sampling: Any) -> Stream:
         """As `generate` for one prompt, as an iterator over text pieces."""
         streamer = sampling.pop("streamer", None)
-        return Stream(self._generation(prompt, Sampling(**sampling), streamer))
+        return self._streamed(prompt, Sampling(**sampling), streamer)
 
     # ------------------------------------------------------------------------ long text
 
@@ -462,6 +475,12 @@ class Model:
             carry=carry, proxy=proxy, progress=progress, eta=eta, reserve=reserve,
             weight=weight, sink=sink, l2=l2, frame=frame,
         )  # fmt: skip
+
+
+def _prefill(ids: np.ndarray, session: _core.Session, target: Streamer) -> None:
+    """Begins a plain generation."""
+    target.prompt(ids)
+    session.prefill(ids)
 
 
 def _bf16_bits(name: str, array: Any) -> tuple[str, Any, str | None]:

@@ -141,6 +141,42 @@ def file_rows(model: acre.Model, cache: acre.Cache, eta: int) -> list[tuple]:
     ]
 
 
+def batch_rows(model: acre.Model, cache: acre.Cache, eta: int) -> list[tuple]:
+    """Eight questions one by one and in step, in turn: decoding alone, each session
+    with its groups refilled and its question prefilled beforehand."""
+    count, steps = 8, 32
+    asked = [reference_ids(model, 24 + i)[i:] for i in range(count)]
+    groups = np.arange(cache.core.refill_count(eta), dtype=np.int32)
+    capacity = 24 + 6 * steps + 1
+    sessions = _core.sessions_open(model.core, [cache.core] * count, [capacity] * count)
+    for session, ids in zip(sessions, asked, strict=True):
+        session.refill(groups)
+        session.prefill(ids)
+    _core.sessions_next(sessions, [{}] * count)
+
+    def one_by_one() -> list[list[int]]:
+        return [[session.next() for _ in range(steps)] for session in sessions]
+
+    def in_step() -> list[tuple[int, ...]]:
+        made = [_core.sessions_next(sessions, [{}] * count) for _ in range(steps)]
+        return list(zip(*made, strict=True))
+
+    times: dict[str, list[float]] = {"one by one": [], "in step": []}
+    for _ in range(3):
+        for name, run in (("one by one", one_by_one), ("in step", in_step)):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    rates = {name: count * steps / statistics.median(t) for name, t in times.items()}
+    ratio = statistics.median(
+        a / b for a, b in zip(times["one by one"], times["in step"], strict=True)
+    )
+    return [
+        (f"decode {count} answers, eta={eta}, {name}", rate, "tok/s", None)
+        for name, rate in rates.items()
+    ] + [("  in step, times as fast", ratio, "x", None)]
+
+
 def commit() -> str:
     """The commit measured, or "unknown" outside a checkout."""
     run = subprocess.run(
@@ -191,6 +227,8 @@ def main() -> None:
             rows += more
             if n == options.lengths[0] and proxy == options.proxies[0]:
                 rows += file_rows(model, cache, options.eta)
+                rows += batch_rows(model, cache, 0)
+                rows += batch_rows(model, cache, options.eta)
             del cache
     rows.append(("peak resident size", peak_mib(), "MiB", None))
     for name, value, unit, floor in rows:

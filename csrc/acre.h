@@ -406,6 +406,30 @@ ACRE_API acre_status acre_session_logits(acre_session *session, float *logits,
 /* Entries in view: positions used so far. */
 ACRE_API int64_t acre_session_count(const acre_session *session);
 
+/* Sessions that decode together. Decoding is bound by reading the weights, which several
+ * answers can share: a step of all of them costs little more than a step of one.
+ *
+ * Opens `count` sessions of one model, each over a cache of its own choice (caches or an entry
+ * NULL: over nothing). They share what a pass needs, so while one of them, or a batch, is in
+ * use on a thread, all others are ACRE_BUSY; alone each is a session like any other. `out`
+ * [count] is all NULL on failure. */
+ACRE_API acre_status acre_sessions_open(acre_session **out, acre_model *model,
+                                        acre_cache *const *caches,
+                                        const int64_t *capacities, int64_t count,
+                                        acre_error *error);
+/* acre_session_next for some of the sessions of one opening, each once: tokens [count],
+ * samplings [count] (it or an entry NULL: the default). On the CPU the tokens are those of
+ * one by one, to the bit. What a session refuses is refused before any of them moves, with
+ * its place in the message. */
+ACRE_API acre_status acre_sessions_next(acre_session *const *sessions, int64_t count,
+                                        int32_t *tokens,
+                                        const acre_sampling *const *samplings,
+                                        acre_error *error);
+/* How many sessions, of at most `wanted` and at least 1, have timelines that fit the memory
+ * that is available now, each with k groups refilled; `wanted` where that is not known. */
+ACRE_API int64_t acre_sessions_fit(const acre_model *model, const acre_cache *cache,
+                                   int64_t k, int64_t capacity, int64_t wanted);
+
 /* ------------------------------------------------------------------ trainer */
 
 /* Learns the L1 parameters of METHOD.md section 2 while the base model stays as it is.

@@ -29,6 +29,7 @@ typedef struct acre_backend acre_backend;
 typedef struct acre_queue acre_queue;   /* defined by each backend */
 typedef struct acre_matrix acre_matrix; /* [N, K] weights in the backend's own layout */
 typedef struct acre_peers acre_peers;   /* devices of other processes */
+typedef struct acre_loop acre_loop;     /* a step that the device repeats */
 
 /* Rows [0, rows) of `source` go to rows [dst_row, dst_row + rows) of the destination. */
 typedef struct acre_span {
@@ -54,6 +55,7 @@ typedef struct acre_heads {
   acre_dtype dtype; /* T */
 } acre_heads;
 
+enum { ACRE_TOP_MOST = 1024 };  /* logits that `top` gives at most */
 enum { ACRE_ATTEND_PARTS = 4 }; /* partial sums of attend_back's dq, on any device */
 
 typedef struct acre_backend_ops {
@@ -266,6 +268,41 @@ typedef struct acre_backend_ops {
    *               + weight_decay w) */
   void (*adamw)(acre_queue *, float *w, float *first, float *second, const float *gradient,
                 int64_t n, float scale, const acre_adamw *);
+
+  /* ---- choosing a token. A NaN counts below -infinity; of equals the lower id is first. */
+
+  /* id[i] = that of the highest of row i of logits [rows, vocab]. */
+  void (*argmax)(acre_queue *, int32_t *id, const float *logits, int64_t rows,
+                 int64_t vocab);
+
+  /* The k highest logits of one row [vocab], the highest first: values [k] and ids [k], k <=
+   * vocab, ACRE_TOP_MOST. *mass = sum of exp(scale * (logit - values[0])) over all logits
+   * above -infinity, to within 2^-16 of it, where values[0] is finite. */
+  void (*top)(acre_queue *, float *values, int32_t *ids, float *mass, const float *logits,
+              int64_t vocab, int64_t k, float scale);
+
+  /* Of a row's logits, those of `ids`, no two the same and on the device: divided by penalty
+   * where above 0, else multiplied. */
+  void (*penalize)(acre_queue *, float *logits, const int32_t *ids, int64_t count,
+                   float penalty);
+
+  /* ---- steps that the device takes without the host; all four NULL where it cannot.
+   *
+   * Records what `step(context)` enqueues on the queue, once, and runs none of it. At step i
+   * of the loop, 0 <= i < most, rope and store_kv stand at `position` + i, store_kv writes i
+   * rows further on, and attend (rows = 1, split) has `seen` + i and sees as many keys; all
+   * else is the same, so what changes must go through memory. *id is kept behind each step.
+   * The bits are those of the operations called one by one. Nothing is uploaded or waited for
+   * within a step. Where it fails, nothing has run. */
+  acre_status (*loop_record)(acre_queue *, acre_loop **out, void (*step)(void *),
+                             void *context, const int32_t *id, int64_t most, acre_error *);
+  /* Enqueues the next `count` steps. */
+  void (*loop_run)(acre_loop *, int64_t count);
+  /* ids [count] of steps [first, first + count), which were run; waits for no later ones than
+   * those of the same loop_run. Reports the queue's first failure, as sync does. */
+  acre_status (*loop_read)(acre_loop *, int32_t *ids, int64_t first, int64_t count,
+                           acre_error *);
+  void (*loop_release)(acre_loop *); /* waits for its steps; before the queue is closed */
 
   /* ---- sums over the devices of several processes: all five, or NULL. */
 

@@ -26,17 +26,6 @@ acre_status acre_sampling_check(const acre_sampling *s, acre_error *error) {
   return ACRE_OK;
 }
 
-void acre_penalize(float *logits, uint8_t *seen, const int32_t *ids, int64_t count,
-                   float penalty) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (seen[ids[i]]) continue;
-    seen[ids[i]] = 1;
-    float *logit = &logits[ids[i]];
-    *logit = *logit > 0 ? *logit / penalty : *logit * penalty;
-  }
-  for (int64_t i = 0; i < count; ++i) seen[ids[i]] = 0;
-}
-
 /* splitmix64 of (seed, step): every draw is a pure function, so answers replay. */
 static double uniform(uint64_t seed, uint64_t step) {
   uint64_t z = seed + (step + 1) * 0x9e3779b97f4a7c15u;
@@ -78,12 +67,44 @@ static int64_t shortlist(acre_candidate *candidates, const float *logits, int64_
   return count;
 }
 
+static double weight(const acre_candidate *c, float top, const acre_sampling *s) {
+  return exp((double)(c->logit - top) / s->temperature);
+}
+
+static double mass_of(const acre_candidate *candidates, int64_t count, float top,
+                      const acre_sampling *s) {
+  double mass = 0;
+  for (int64_t i = 0; i < count; ++i) mass += weight(&candidates[i], top, s);
+  return mass;
+}
+
+/* How many of the candidates, in order, hold the share top_p of the mass. */
+static int64_t nucleus_of(const acre_candidate *candidates, int64_t count, float top,
+                          double mass, const acre_sampling *s, double *kept) {
+  int64_t nucleus = 0;
+  *kept = 0;
+  while (nucleus < count && (nucleus == 0 || *kept < (double)s->top_p * mass)) {
+    *kept += weight(&candidates[nucleus++], top, s);
+  }
+  return nucleus;
+}
+
+static int32_t draw(const acre_candidate *candidates, int64_t nucleus, double kept,
+                    float top, const acre_sampling *s, uint64_t step) {
+  double target = uniform(s->seed, step) * kept, sum = 0;
+  for (int64_t i = 0; i < nucleus; ++i) {
+    sum += weight(&candidates[i], top, s);
+    if (target < sum) return candidates[i].id;
+  }
+  return candidates[nucleus - 1].id;
+}
+
 int32_t acre_sample(const float *logits, acre_candidate *candidates, int64_t vocab,
                     const acre_sampling *s, uint64_t step) {
   int32_t best = greedy(logits, vocab);
   float top = logits[best];
   if (s->temperature == 0 || !(top > -INFINITY) || isinf(top)) return best;
-  double mass = 0;
+  double mass = 0, kept;
   for (int64_t i = 0; i < vocab; ++i) {
     if (logits[i] > -INFINITY) mass += exp((double)(logits[i] - top) / s->temperature);
   }
@@ -93,20 +114,59 @@ int32_t acre_sample(const float *logits, acre_candidate *candidates, int64_t voc
   }
   if (s->top_k && count > s->top_k) {
     count = s->top_k;
-    mass = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      mass += exp((double)(candidates[i].logit - top) / s->temperature);
-    }
+    mass = mass_of(candidates, count, top, s);
   }
-  double kept = 0;
-  int64_t nucleus = 0;
-  while (nucleus < count && (nucleus == 0 || kept < (double)s->top_p * mass)) {
-    kept += exp((double)(candidates[nucleus++].logit - top) / s->temperature);
+  int64_t nucleus = nucleus_of(candidates, count, top, mass, s, &kept);
+  return draw(candidates, nucleus, kept, top, s, step);
+}
+
+/* ---------------------------------------------------------------- from the highest alone */
+
+enum { NUCLEUS_TOP = 256 };               /* of a top-p without a top-k */
+static const double MASS_ERROR = 0x1p-15; /* of a mass that is not ours, and more */
+
+int64_t acre_sampling_top(const acre_sampling *s, int64_t vocab) {
+  if (s->temperature == 0) return 1;
+  if (s->top_k == 0 && s->top_p == 1) return 0;
+  int64_t count = s->top_k ? (int64_t)s->top_k + 1 : NUCLEUS_TOP;
+  if (count > vocab) count = vocab;
+  return count <= ACRE_TOP_MOST ? count : 0;
+}
+
+static int lower_first(const void *a, const void *b) {
+  const acre_candidate *x = a, *y = b;
+  return x->id < y->id ? -1 : 1;
+}
+
+/* Summed as acre_sample does where it has them all. */
+static double mass_by_id(acre_candidate *best, int64_t count, float top,
+                         const acre_sampling *s) {
+  qsort(best, (size_t)count, sizeof *best, lower_first);
+  double mass = mass_of(best, count, top, s);
+  qsort(best, (size_t)count, sizeof *best, better_first);
+  return mass;
+}
+
+int32_t acre_sample_top(acre_candidate *best, int64_t count, int64_t vocab, double mass,
+                        const acre_sampling *s, uint64_t step) {
+  float top = best[0].logit;
+  if (s->temperature == 0 || !(top > -INFINITY) || isinf(top)) return best[0].id;
+  int64_t live = 0;
+  while (live < count && best[live].logit > -INFINITY) ++live;
+  double error = 0, kept, less;
+  if (s->top_k && live > s->top_k) {
+    live = s->top_k;
+    mass = mass_of(best, live, top, s);
+  } else if (count == vocab || live < count) { /* what is not here weighs nothing */
+    mass = mass_by_id(best, live, top, s);
+  } else {
+    if (!(mass > 0.5 && isfinite(mass))) return -1; /* the highest alone weighs 1 */
+    error = MASS_ERROR;
   }
-  double target = uniform(s->seed, step) * kept, sum = 0;
-  for (int64_t i = 0; i < nucleus; ++i) {
-    sum += exp((double)(candidates[i].logit - top) / s->temperature);
-    if (target < sum) return candidates[i].id;
+  int64_t nucleus = nucleus_of(best, live, top, mass * (1 + error), s, &kept);
+  if (error > 0) {
+    if (kept < (double)s->top_p * mass * (1 + error)) return -1; /* goes on beyond these */
+    if (nucleus_of(best, live, top, mass * (1 - error), s, &less) != nucleus) return -1;
   }
-  return candidates[nucleus - 1].id;
+  return draw(best, nucleus, kept, top, s, step);
 }

@@ -92,17 +92,40 @@ typedef struct flow {
   const acre_backend_ops *ops;
   acre_workspace *ws;
   const acre_pass *pass;
-  int64_t l1_rows;  /* L1 tokens with weights of their own among the rows */
+  int64_t l1_rows; /* L1 tokens with weights of their own among the rows */
+} flow;
+
+/* Rows of a pass that lie on one timeline: all of them, or each alone. */
+typedef struct stretch {
+  int64_t row, rows;
+  const acre_timeline *prefix;
+  acre_timeline *own;
   int64_t seen;     /* own entries before the first row */
   int64_t position; /* of the first row */
-} flow;
+} stretch;
+
+static int64_t stretches(const acre_pass *pass) { return pass->seats ? pass->rows : 1; }
+
+static stretch stretch_at(const acre_pass *pass, int64_t i) {
+  acre_seat seat = {pass->first_position, pass->prefix, pass->own};
+  if (pass->seats) seat = pass->seats[i];
+  return (stretch){.row = pass->seats ? i : 0,
+                   .rows = pass->seats ? 1 : pass->rows,
+                   .prefix = seat.prefix,
+                   .own = seat.own,
+                   .seen = seat.own->count,
+                   .position = seat.first_position + seat.own->count};
+}
 
 static void embed(flow *f) {
   const acre_model_config *c = &f->model->config;
   const acre_pass *pass = f->pass;
-  f->ops->upload(f->ws->queue, f->ws->ids, pass->ids, (size_t)pass->rows * sizeof(int32_t));
   f->l1_rows = 0;
-  if (acre_model_has_l1(f->model)) {
+  if (pass->ids) {
+    f->ops->upload(f->ws->queue, f->ws->ids, pass->ids,
+                   (size_t)pass->rows * sizeof(int32_t));
+  }
+  if (pass->ids && acre_model_has_l1(f->model)) {
     for (int64_t i = 0; i < pass->rows; ++i) {
       if (pass->ids[i] != c->vocab_size) continue;
       f->ws->l1_host[f->l1_rows++] = (int32_t)i;
@@ -151,44 +174,58 @@ static void record(const flow *f, int64_t layer) {
                     (size_t)f->model->config.hidden * sizeof(float));
 }
 
-/* Rotates the queries and appends the keys and values to the timeline. */
+/* Rotates the queries and appends the keys and values to their timelines. */
 static void place(flow *f, int64_t layer) {
   const acre_model_config *c = &f->model->config;
-  acre_timeline *own = f->pass->own;
-  float *q = f->ws->qkv;
   int64_t width = acre_model_qkv_width(f->model);
   const float *cos = floats(f->model->cos), *sin = floats(f->model->sin);
   look(f, layer, false);
-  f->ops->rope(f->ws->queue, q, width, cos, sin, f->position, f->pass->rows, c->heads,
-               c->head_dim);
-  const float *k = q + c->heads * c->head_dim;
-  f->ops->store_kv(f->ws->queue, acre_timeline_at(own, ACRE_RAW, layer, f->seen),
-                   acre_timeline_at(own, ACRE_ROTATED, layer, f->seen),
-                   acre_timeline_at(own, ACRE_VALUES, layer, f->seen), k,
-                   k + c->kv_heads * c->head_dim, width, cos, sin, f->position,
-                   f->pass->rows, &f->model->heads);
+  for (int64_t i = 0; i < stretches(f->pass); ++i) {
+    stretch at = stretch_at(f->pass, i);
+    float *q = f->ws->qkv + at.row * width;
+    f->ops->rope(f->ws->queue, q, width, cos, sin, at.position, at.rows, c->heads,
+                 c->head_dim);
+    const float *k = q + c->heads * c->head_dim;
+    f->ops->store_kv(f->ws->queue, acre_timeline_at(at.own, ACRE_RAW, layer, at.seen),
+                     acre_timeline_at(at.own, ACRE_ROTATED, layer, at.seen),
+                     acre_timeline_at(at.own, ACRE_VALUES, layer, at.seen), k,
+                     k + c->kv_heads * c->head_dim, width, cos, sin, at.position, at.rows,
+                     &f->model->heads);
+  }
   look(f, layer, true);
+}
+
+/* What the rows of a stretch see, to `attended`. */
+static void attend_stretch(flow *f, int64_t layer, const stretch *at, void *attended,
+                           float *lse) {
+  const acre_model_config *c = &f->model->config;
+  int64_t width = c->heads * c->head_dim, qkv = acre_model_qkv_width(f->model);
+  size_t row_bytes = (size_t)width * acre_dtype_size(c->dtype);
+  acre_keys own = acre_timeline_keys(at->own, layer, at->seen + at->rows);
+  acre_keys prefix = {0};
+  if (at->prefix) prefix = acre_timeline_keys(at->prefix, layer, at->prefix->count);
+  f->ops->attend(f->ws->queue, (char *)attended + (size_t)at->row * row_bytes, width, lse,
+                 f->ws->qkv + at->row * qkv, qkv, prefix.count ? &prefix : NULL, &own,
+                 at->seen, at->rows, f->pass->split, &f->model->heads);
 }
 
 static void attend(flow *f, int64_t layer, const acre_layer *weights) {
   acre_workspace *ws = f->ws;
   const acre_pass *pass = f->pass;
   const acre_model_config *c = &f->model->config;
-  int64_t width = c->heads * c->head_dim, qkv = acre_model_qkv_width(f->model);
-  acre_keys own = acre_timeline_keys(pass->own, layer, f->seen + pass->rows);
-  acre_keys prefix = {0};
+  int64_t width = c->heads * c->head_dim;
   void *attended = ws->attended;
   float *lse = NULL;
-  if (pass->prefix) prefix = acre_timeline_keys(pass->prefix, layer, pass->prefix->count);
   if (pass->tape) {
     attended = acre_tape_attended(pass->tape, layer);
     lse = acre_tape_lse(pass->tape, layer);
-    f->ops->round(ws->queue, acre_tape_q(pass->tape, layer), width, ws->qkv, qkv,
-                  pass->rows, width, c->dtype);
+    f->ops->round(ws->queue, acre_tape_q(pass->tape, layer), width, ws->qkv,
+                  acre_model_qkv_width(f->model), pass->rows, width, c->dtype);
   }
-  f->ops->attend(ws->queue, attended, width, lse, ws->qkv, qkv,
-                 prefix.count ? &prefix : NULL, &own, f->seen, pass->rows, pass->split,
-                 &f->model->heads);
+  for (int64_t i = 0; i < stretches(pass); ++i) {
+    stretch at = stretch_at(pass, i);
+    attend_stretch(f, layer, &at, attended, lse);
+  }
   f->ops->matmul(ws->queue, ws->x, c->hidden, attended, weights->out, NULL, pass->rows,
                  true);
 }
@@ -206,8 +243,6 @@ static void feed_forward(flow *f, const acre_layer *weights) {
 void acre_forward(const acre_model *model, acre_workspace *workspace,
                   const acre_pass *pass) {
   flow f = {.model = model, .ops = model->backend->ops, .ws = workspace, .pass = pass};
-  f.seen = pass->own->count;
-  f.position = pass->first_position + f.seen;
   embed(&f);
   for (int64_t i = 0; i < pass->layers; ++i) {
     const acre_layer *layer = &model->layers[i];
@@ -220,7 +255,10 @@ void acre_forward(const acre_model *model, acre_workspace *workspace,
     feed_forward(&f, layer);
   }
   if (!pass->keys_only) record(&f, pass->layers);
-  pass->own->count += pass->rows;
+  for (int64_t i = 0; i < stretches(pass); ++i) {
+    stretch at = stretch_at(pass, i);
+    at.own->count += at.rows;
+  }
 }
 
 void acre_head(const acre_model *model, acre_workspace *workspace, float *logits,

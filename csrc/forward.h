@@ -43,15 +43,24 @@ typedef struct acre_arrival {
   void *context;
 } acre_arrival;
 
+/* A timeline that a row is appended to, and what the row sees before it. */
+typedef struct acre_seat {
+  int64_t first_position;
+  const acre_timeline *prefix;
+  acre_timeline *own;
+} acre_seat;
+
 typedef struct acre_pass {
-  const int32_t *ids;          /* host [rows] */
+  const int32_t *ids;          /* host [rows]; NULL: no L1 token, they are in ws->ids */
   int64_t rows;                /* 1 to the workspace's rows */
   int64_t first_position;      /* of the timeline's entry 0 */
   const acre_timeline *prefix; /* nullable; wholly visible, its `count` entries */
   acre_timeline *own;          /* rows are appended: own->count grows by rows */
-  int64_t layers;              /* run only so many; L for a hidden state */
-  bool split;                  /* decoding: a lone row may be summed in another order */
-  bool keys_only;              /* stop after the last layer's keys, values and probe */
+  const acre_seat *seats; /* [rows], nullable: each row has one of its own, no two the same
+                             `own`, instead of the three above; no probe, no tape */
+  int64_t layers;         /* run only so many; L for a hidden state */
+  bool split;             /* decoding: a lone row may be summed in another order */
+  bool keys_only;         /* stop after the last layer's keys, values and probe */
   acre_probe probe;
   acre_arrival arrival;
   acre_tape *tape; /* nullable; whole, of `rows` rows, and own is its timeline, empty */

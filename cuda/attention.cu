@@ -29,7 +29,18 @@ struct attend_call {
   item_map map;
   int heads, kv_heads, d;
   float scale;
-  float *partial; /* [runs][heads][d + 2], where there are several runs */
+  float *partial;       /* [runs][heads][d + 2], where there are several runs */
+  int64_t runs_most;    /* that there are blocks for */
+  const int32_t *steps; /* taken of a loop; nullable */
+
+  /* In a loop each step sees one key more, and shares out its tiles as it would alone. */
+  __device__ void move_on() {
+    if (!steps) return;
+    int64_t moved = *steps;
+    seen += moved, count[1] += moved;
+    tiles[1] = (count[1] + TILE - 1) / TILE;
+    runs = min(runs_most, tiles[0] + tiles[1]);
+  }
 };
 
 /* Where everything lies in shared memory, in floats. */
@@ -124,7 +135,7 @@ __device__ void write_items(const attend_call<T> &a, int kv, int item, int count
     if (lane || own >= count) continue;
     int64_t row = a.map.row(kv, item + own);
     int head = a.map.head(kv, item + own);
-    if (a.partial) {
+    if (a.runs > 1) {
       float *left = a.partial + ((run * a.heads + head) * (a.d + 2) + a.d);
       left[0] = now[r].origin, left[1] = now[r].sum;
     } else if (a.lse) {
@@ -137,7 +148,7 @@ __device__ void write_items(const attend_call<T> &a, int kv, int item, int count
     int own = i / a.d, c = i % a.d;
     int head = a.map.head(kv, item + own);
     float o = memory[plan.o + own * plan.pitch + c];
-    if (a.partial)
+    if (a.runs > 1)
       a.partial[(run * a.heads + head) * (a.d + 2) + c] = o;
     else
       a.out[a.map.row(kv, item + own) * a.out_stride + (int64_t)head * a.d + c] =
@@ -151,10 +162,12 @@ __global__ __launch_bounds__(TILE_THREADS,
                              TILE_BLOCKS) void attend_kernel(attend_call<T> a) {
   float *memory = (float *)acre_shared();
   attend_plan plan(a.d);
+  a.move_on();
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
-    int64_t run = b % a.runs;
-    int item = (int)(b / a.runs / a.kv_heads) * ITEMS;
-    int kv = (int)(b / a.runs % a.kv_heads);
+    int64_t run = b % a.runs_most;
+    if (run >= a.runs) continue;
+    int item = (int)(b / a.runs_most / a.kv_heads) * ITEMS;
+    int kv = (int)(b / a.runs_most % a.kv_heads);
     int count = min(ITEMS, a.map.count(kv) - item);
     int64_t last_row = a.map.row(kv, item + count - 1);
     running now[OWN_ITEMS];
@@ -186,6 +199,8 @@ __global__ __launch_bounds__(TILE_THREADS,
 /* Joins the runs of one row, a head at a time. */
 template <class T>
 __global__ void join_kernel(attend_call<T> a) {
+  a.move_on();
+  if (a.runs < 2) return;
   for (int64_t head = blockIdx.x; head < a.heads; head += gridDim.x) {
     const float *left = a.partial + head * (a.d + 2);
     int64_t step = (int64_t)a.heads * (a.d + 2);
@@ -218,11 +233,13 @@ template <class T>
 void share_out(acre_queue *queue, attend_call<T> *a) {
   int64_t bytes = (int64_t)a->heads * (a->d + 2) * (int64_t)sizeof(float);
   int64_t room = (int64_t)workspace_room(queue) / bytes;
-  a->runs = acre_min(acre_min(RUNS, a->tiles[0] + a->tiles[1]), room);
-  if (a->runs < 2)
-    a->runs = 1;
-  else
-    a->partial = (float *)workspace(queue, (size_t)(a->runs * bytes));
+  int64_t tiles = a->tiles[0] + a->tiles[1], most = tiles;
+  if (a->steps)
+    most = a->tiles[0] + acre_ceil_div(a->count[1] + queue->steps_most - 1, TILE);
+  a->runs_most = acre_max(acre_min(acre_min(RUNS, most), room), 1);
+  a->runs = acre_min(a->runs_most, tiles);
+  if (a->runs_most > 1)
+    a->partial = (float *)workspace(queue, (size_t)(a->runs_most * bytes));
 }
 
 }  // namespace
@@ -248,8 +265,9 @@ void acre_cuda_attend(acre_queue *queue, void *out, int64_t out_stride, float *l
     a.map = item_map{(int)rows, a.heads / a.kv_heads, NULL, NULL};
     if (prefix) set_keys(&a, 0, *prefix, prefix->count);
     set_keys(&a, 1, *own, seen + rows);
+    a.runs_most = 1, a.steps = queue->steps;
     if (split && rows == 1) share_out(queue, &a);
-    a.blocks = acre_ceil_div(rows * a.map.group, ITEMS) * a.kv_heads * a.runs;
+    a.blocks = acre_ceil_div(rows * a.map.group, ITEMS) * a.kv_heads * a.runs_most;
     ACRE_LAUNCH(queue, attend_kernel<T>, a.blocks, TILE_THREADS, attend_shared_bytes(a.d),
                 a);
     if (a.partial)

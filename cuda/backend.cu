@@ -21,13 +21,7 @@ acre_status sync(acre_queue *queue, acre_error *error) {
   on_device scope(queue->owner->ordinal);
   check(&queue->failure, cudaStreamSynchronize(queue->stream),
         ACRE_SITE("cudaStreamSynchronize"));
-  failure *loading = &queue->owner->loader->failure;
-  failure *worst = queue->failure.failed ? &queue->failure : loading;
-  if (!worst->failed) return ACRE_OK;
-  bool told = __atomic_exchange_n(&worst->told, true, __ATOMIC_ACQ_REL);
-  return acre_fail(
-      error, ACRE_DEVICE, "%s%s",
-      told ? "the device failed before: " : "the device failed: ", worst->message);
+  return report(queue, error);
 }
 
 void upload(acre_queue *queue, void *dst, const void *host, size_t bytes) {
@@ -100,6 +94,13 @@ acre_backend_ops operations_for(const backend *owner) {
   ops.score_back = acre_cuda_score_back;
   ops.sum_squares = acre_cuda_sum_squares;
   ops.adamw = acre_cuda_adamw;
+  ops.argmax = acre_cuda_argmax;
+  ops.top = acre_cuda_top;
+  ops.penalize = acre_cuda_penalize;
+  ops.loop_record = acre_cuda_loop_record;
+  ops.loop_run = acre_cuda_loop_run;
+  ops.loop_read = acre_cuda_loop_read;
+  ops.loop_release = acre_cuda_loop_release;
   ops.peers_invite = acre_cuda_peers_invite;
   ops.peers_open = acre_cuda_peers_open;
   ops.peers_close = acre_cuda_peers_close;

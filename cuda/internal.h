@@ -61,7 +61,6 @@ struct staging {
 
 struct backend {
   acre_backend base;
-  acre_backend_ops ops; /* chosen for this chip */
   int ordinal;
   limits chip;
   int64_t references;
@@ -74,6 +73,7 @@ struct backend {
   acre_mutex *loading; /* of `loader` */
   acre_queue *loader;  /* for what comes without a queue: zeroing, weights */
   char isa[32];
+  acre_backend_ops ops; /* chosen for this chip */
 };
 
 /* The device of the calling thread is ours while this lives. */
@@ -104,6 +104,9 @@ struct acre_queue {
   acre_buffer *workspace;
   acre::staging staging;
   acre_gemm *gemm; /* NULL: a mover */
+  /* While a loop is recorded: device memory that counts its steps, and the most of them. */
+  const int32_t *steps;
+  int64_t steps_most;
 };
 
 /* Numbers of T; number (n, k) lies n * row_step + k * column_step after the first. */
@@ -157,6 +160,9 @@ void store_array(backend *owner, void *dst, acre_dtype dtype, bool q8,
                  const acre_array *array, bool *finite);
 
 void nccl_close(acre_nccl *nccl);
+
+/* The first failure of the queue, or of what comes without one. */
+acre_status report(acre_queue *queue, acre_error *error);
 
 /* A backend lives until it is destroyed and its last buffer is gone. */
 void leave(backend *owner);
@@ -320,6 +326,21 @@ void acre_cuda_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float
                           const float *pull, const void *q, const void *keys,
                           const uint8_t *use, int64_t t, int64_t m,
                           const acre_heads *heads);
+/* choose.cu */
+void acre_cuda_argmax(acre_queue *, int32_t *id, const float *logits, int64_t rows,
+                      int64_t vocab);
+void acre_cuda_top(acre_queue *, float *values, int32_t *ids, float *mass,
+                   const float *logits, int64_t vocab, int64_t k, float scale);
+void acre_cuda_penalize(acre_queue *, float *logits, const int32_t *ids, int64_t count,
+                        float penalty);
+/* loop.cu */
+acre_status acre_cuda_loop_record(acre_queue *, acre_loop **out, void (*step)(void *),
+                                  void *context, const int32_t *id, int64_t most,
+                                  acre_error *);
+void acre_cuda_loop_run(acre_loop *, int64_t count);
+acre_status acre_cuda_loop_read(acre_loop *, int32_t *ids, int64_t first, int64_t count,
+                                acre_error *);
+void acre_cuda_loop_release(acre_loop *);
 /* optimiser.cu */
 void acre_cuda_sum_squares(acre_queue *, double *out, const float *x, int64_t n);
 void acre_cuda_adamw(acre_queue *, float *w, float *first, float *second,

@@ -21,6 +21,16 @@ bool check(failure *kept, cudaError_t error, const site &at) {
   return false;
 }
 
+acre_status report(acre_queue *queue, acre_error *error) {
+  failure *loading = &queue->owner->loader->failure;
+  failure *worst = queue->failure.failed ? &queue->failure : loading;
+  if (!worst->failed) return ACRE_OK;
+  bool told = __atomic_exchange_n(&worst->told, true, __ATOMIC_ACQ_REL);
+  return acre_fail(
+      error, ACRE_DEVICE, "%s%s",
+      told ? "the device failed before: " : "the device failed: ", worst->message);
+}
+
 acre_status refuse(acre_error *error, cudaError_t from, const site &at) {
   cudaGetLastError(); /* what was refused is no failure of what comes next */
   acre_status status = from == cudaErrorMemoryAllocation ? ACRE_NO_MEMORY : ACRE_DEVICE;

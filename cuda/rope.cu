@@ -25,8 +25,15 @@ __device__ __forceinline__ void rotate_pair(float *a, float *b, float cosine, fl
   *b = fmaf(*b, cosine, from * sine);
 }
 
+/* How many steps of a loop have been taken (backend.h); none outside of one. */
+__device__ __forceinline__ int64_t taken(const int32_t *steps) {
+  return steps ? *steps : 0;
+}
+
 __global__ void rope_kernel(float *x, int64_t x_stride, const float *cos, const float *sin,
-                            int64_t rows, int heads, int half) {
+                            int64_t rows, int heads, int half, const int32_t *steps) {
+  int64_t moved = taken(steps) * half;
+  cos += moved, sin += moved;
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     float *row = x + i * x_stride;
     for (int p = (int)threadIdx.x; p < heads * half; p += (int)blockDim.x) {
@@ -41,8 +48,12 @@ __global__ void rope_kernel(float *x, int64_t x_stride, const float *cos, const 
 template <class T>
 __global__ void store_kv_kernel(T *raw, T *rotated, T *values, const float *k,
                                 const float *v, int64_t kv_stride, const float *cos,
-                                const float *sin, int64_t rows, int heads, int half) {
-  int64_t width = 2 * (int64_t)heads * half;
+                                const float *sin, int64_t rows, int heads, int half,
+                                const int32_t *steps) {
+  int64_t width = 2 * (int64_t)heads * half, moved = taken(steps);
+  cos += moved * half, sin += moved * half;
+  rotated += moved * width, values += moved * width;
+  if (raw) raw += moved * width;
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const float *k_i = k + i * kv_stride, *v_i = v + i * kv_stride;
     for (int p = (int)threadIdx.x; p < heads * half; p += (int)blockDim.x) {
@@ -82,7 +93,8 @@ void acre_cuda_rope(acre_queue *queue, float *x, int64_t x_stride, const float *
                     int64_t head_dim) {
   int64_t half = head_dim / 2, first = position * half;
   ACRE_LAUNCH(queue, acre::rope_kernel, rows, acre::threads_for(heads * head_dim), 0, x,
-              x_stride, cos + first, sin + first, rows, (int)heads, (int)half);
+              x_stride, cos + first, sin + first, rows, (int)heads, (int)half,
+              queue->steps);
 }
 
 void acre_cuda_store_kv(acre_queue *queue, void *raw, void *rotated, void *values,
@@ -96,7 +108,7 @@ void acre_cuda_store_kv(acre_queue *queue, void *raw, void *rotated, void *value
     using T = decltype(zero);
     ACRE_LAUNCH(queue, store_kv_kernel<T>, rows, threads, 0, (T *)raw, (T *)rotated,
                 (T *)values, k, v, kv_stride, cos + first, sin + first, rows,
-                (int)heads->kv_heads, (int)half);
+                (int)heads->kv_heads, (int)half, queue->steps);
   });
 }
 

@@ -336,6 +336,36 @@ def test_sampling_is_seeded_and_repeats_differ(lm):
     )
 
 
+def test_batches_give_the_same_texts(model, monkeypatch):
+    """Repeats, questions about one long text, and contexts that are read whole."""
+    lines = "".join(toy.sentence(i, 5) for i in range(40))
+    warm = {"max_gen_toks": 9, "do_sample": True, "temperature": 1.5}
+    asked = requests(
+        *[(lines + q, {"max_gen_toks": 9, "until": ["a"]}) for q in ("Who?", "Why?")],
+        *[(lines + "Who?", warm)] * 3,
+        *[(q, {"max_gen_toks": n}) for n, q in enumerate(("a", "the quiet", "or"), 4)],
+    )
+    rows, real = [], _core.sessions_next
+
+    def counted(sessions, samplings):
+        rows.append(len(sessions))
+        return real(sessions, samplings)
+
+    monkeypatch.setattr(_core, "sessions_next", counted)
+    texts, most = [], []
+    for size in (1, "4", "auto"):
+        rows.clear()
+        lm = AcreLM(model, **LONG, batch_size=size)
+        texts.append(lm.generate_until(asked))
+        most.append((lm.batch_size, max(rows)))
+        assert lm.contexts.caches_read <= 5
+    assert texts[0] == texts[1] == texts[2]
+    assert most == [(1, 1), (4, 4), (8, 5)]
+    for bad, named in (("many", TypeError), (0, ValueError)):
+        with pytest.raises(named, match="batch_size"):
+            AcreLM(model, batch_size=bad)
+
+
 def test_unknown_generation_arguments_are_named_once(lm, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
     asked = requests(*[("the", {"max_gen_toks": 1, "num_beams": 4})] * 2)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
     acre base bf16 status platform buffer tensor pool backend plugin engine rope model
     timeline tape forward loss backward nested select l2 cache build score refill decode
-    session sweep trainer
+    desk ahead session sweep trainer
 """.split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 

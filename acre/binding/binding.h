@@ -72,6 +72,11 @@ PyObject *cache_finish(cache_object *self, acre_cache *cache); /* steals both */
 PyObject *tensor_new(const binding_state *state, const acre_array *view, acre_buffer *owner,
                      PyObject *engine);
 
+/* Functions of the module: sessions that decode together (session.c). */
+PyObject *sessions_open(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *sessions_next(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *sessions_fit(PyObject *module, PyObject *args, PyObject *kwargs);
+
 /* METH_VARARGS | METH_KEYWORDS functions in a table of the two-argument kind. */
 #define KEYWORD_METHOD(function) (PyCFunction)(void (*)(void)) function
 

@@ -119,9 +119,32 @@ PyDoc_STRVAR(select_doc,
              "The k best of the scores float32 [m], ties by lower index, ascending.\n\n"
              "Returns int32 [k]. Raises ValueError for k outside 0..m.");
 
+PyDoc_STRVAR(open_doc,
+             "sessions_open($module, /, model, caches, capacities)\n--\n\n"
+             "Sessions that decode together: a list, one for each cache (or None).\n\n"
+             "capacities: of each, as Session takes it. While one of them is in use on a\n"
+             "thread, the others are answered BusyError. Raises what Session does, with\n"
+             "the session's place.");
+PyDoc_STRVAR(
+    next_doc,
+    "sessions_next($module, /, sessions, samplings)\n--\n\n"
+    "The next token of each of some sessions of one sessions_open, in one pass.\n\n"
+    "samplings: a dict for each, with the keyword arguments of Session.next.\n"
+    "Returns a list of ids: those of one by one. Nothing moves on an error.");
+PyDoc_STRVAR(fit_doc,
+             "sessions_fit($module, /, model, cache, k, capacity, wanted)\n--\n\n"
+             "How many sessions fit the memory available now: 1 to wanted.\n\n"
+             "Each over cache (or None) with k groups refilled; wanted where that is not\n"
+             "known, as on a GPU.");
+
 static PyMethodDef module_methods[] = {
     {"select_groups", KEYWORD_METHOD(select_groups), METH_VARARGS | METH_KEYWORDS,
      select_doc},
+    {"sessions_open", KEYWORD_METHOD(sessions_open), METH_VARARGS | METH_KEYWORDS,
+     open_doc},
+    {"sessions_next", KEYWORD_METHOD(sessions_next), METH_VARARGS | METH_KEYWORDS,
+     next_doc},
+    {"sessions_fit", KEYWORD_METHOD(sessions_fit), METH_VARARGS | METH_KEYWORDS, fit_doc},
     {NULL, NULL, 0, NULL},
 };
 

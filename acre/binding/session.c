@@ -1,4 +1,5 @@
-/* acre._core.Session: one question, or one generation; it has one owner at a time.
+/* acre._core.Session: one question, or one generation; it has one owner at a time. And the
+ * functions for several that decode together.
  *
  * Scores and logits go straight into NumPy arrays made beforehand: where there is no
  * memory for the answer, the work is not begun. */
@@ -17,17 +18,20 @@ static const acre_model_config *config_of(const session_object *self) {
   return acre_model_get_config(((model_object *)self->model)->model);
 }
 
-/* The one place that opens C's session: the objects are there, their types are checked.
- */
+/* The C cache of a Cache or None. */
+static int cache_take(const binding_state *state, PyObject *object, acre_cache **out) {
+  *out = NULL;
+  if (object == Py_None) return 0;
+  if (argument_instance(object, state->cache, "cache") < 0) return -1;
+  *out = ((cache_object *)object)->cache;
+  return 0;
+}
+
 static int open_session(const binding_state *state, session_object *self,
                         int64_t capacity) {
   acre_model *model = model_take_ready(state, self->model, "model");
-  if (!model) return -1;
-  acre_cache *cache = NULL;
-  if (self->cache != Py_None) {
-    if (argument_instance(self->cache, state->cache, "cache") < 0) return -1;
-    cache = ((cache_object *)self->cache)->cache;
-  }
+  acre_cache *cache;
+  if (!model || cache_take(state, self->cache, &cache) < 0) return -1;
   acre_error error;
   acre_status status;
   WITHOUT_GIL(status = acre_session_open(&self->session, model, cache, capacity, &error));
@@ -237,6 +241,204 @@ static PyObject *session_model(session_object *self, void *closure) {
 static PyObject *session_cache(session_object *self, void *closure) {
   (void)closure;
   return Py_NewRef(self->cache);
+}
+
+/* ------------------------------------------------------------------ several at once */
+
+/* Session objects of these caches (a sequence from PySequence_Fast), still without C's. */
+static PyObject *new_sessions(const binding_state *state, PyObject *model,
+                              PyObject *caches) {
+  Py_ssize_t count = PySequence_Fast_GET_SIZE(caches);
+  PyObject *list = PyList_New(count);
+  for (Py_ssize_t i = 0; list && i < count; ++i) {
+    session_object *self = (session_object *)state->session->tp_alloc(state->session, 0);
+    if (!self) {
+      Py_CLEAR(list);
+      break;
+    }
+    self->model = Py_NewRef(model);
+    self->cache = Py_NewRef(PySequence_Fast_GET_ITEM(caches, i));
+    PyList_SET_ITEM(list, i, (PyObject *)self);
+  }
+  return list;
+}
+
+/* What C takes of `count` sessions; one block. */
+typedef struct opening {
+  acre_session **sessions;
+  acre_cache **caches;
+  int64_t *capacities;
+} opening;
+
+static int opening_take(opening *o, const binding_state *state, PyObject *caches,
+                        PyObject *capacities) {
+  Py_ssize_t count = PySequence_Fast_GET_SIZE(caches);
+  if (PySequence_Fast_GET_SIZE(capacities) != count) {
+    PyErr_Format(PyExc_ValueError, "capacities: got %zd, expected one for each of %zd",
+                 PySequence_Fast_GET_SIZE(capacities), count);
+    return -1;
+  }
+  size_t size = sizeof *o->sessions + sizeof *o->caches + sizeof *o->capacities;
+  o->sessions = PyMem_RawCalloc((size_t)count + 1, size);
+  if (!o->sessions) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  o->caches = (acre_cache **)(o->sessions + count);
+  o->capacities = (int64_t *)(o->caches + count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (cache_take(state, PySequence_Fast_GET_ITEM(caches, i), &o->caches[i]) < 0 ||
+        argument_int64(PySequence_Fast_GET_ITEM(capacities, i), "capacities",
+                       &o->capacities[i]) < 0)
+      return -1;
+  }
+  return 0;
+}
+
+static PyObject *open_all(const binding_state *state, PyObject *model_object,
+                          PyObject *caches, PyObject *capacities) {
+  acre_model *model = model_take_ready(state, model_object, "model");
+  opening o = {NULL, NULL, NULL};
+  PyObject *list = model ? new_sessions(state, model_object, caches) : NULL;
+  if (list && opening_take(&o, state, caches, capacities) == 0) {
+    acre_error error;
+    acre_status status;
+    int64_t count = PyList_GET_SIZE(list);
+    WITHOUT_GIL(status = acre_sessions_open(o.sessions, model, o.caches, o.capacities,
+                                            count, &error));
+    if (status != ACRE_OK) errors_raise(state, &error);
+    for (int64_t i = 0; status == ACRE_OK && i < count; ++i)
+      ((session_object *)PyList_GET_ITEM(list, i))->session = o.sessions[i];
+  }
+  PyMem_RawFree(o.sessions);
+  if (PyErr_Occurred()) Py_CLEAR(list);
+  return list;
+}
+
+/* A list or tuple that nobody else changes, of any sequence. */
+static PyObject *own_sequence(PyObject *object, const char *name) {
+  PyObject *own = PySequence_Tuple(object);
+  if (!own && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();
+    argument_refuse(object, name, "a sequence");
+  }
+  return own;
+}
+
+PyObject *sessions_open(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"model", "caches", "capacities", NULL};
+  PyObject *model, *caches, *capacities, *result = NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:sessions_open", names, &model,
+                                   &caches, &capacities))
+    return NULL;
+  caches = own_sequence(caches, "caches");
+  if (!caches) return NULL;
+  capacities = own_sequence(capacities, "capacities");
+  if (capacities) result = open_all(PyModule_GetState(module), model, caches, capacities);
+  Py_DECREF(caches);
+  Py_XDECREF(capacities);
+  return result;
+}
+
+/* What C takes of a step of `count` sessions; one block. */
+typedef struct step {
+  acre_session **sessions;
+  const acre_sampling **pointers;
+  acre_sampling *samplings;
+  int32_t *tokens;
+} step;
+
+static int step_take(step *s, const binding_state *state, PyObject *sessions,
+                     PyObject *samplings) {
+  Py_ssize_t count = PyTuple_GET_SIZE(sessions);
+  if (PyTuple_GET_SIZE(samplings) != count) {
+    PyErr_Format(PyExc_ValueError, "samplings: got %zd, expected one for each of %zd",
+                 PyTuple_GET_SIZE(samplings), count);
+    return -1;
+  }
+  size_t size =
+      sizeof *s->sessions + sizeof *s->pointers + sizeof *s->samplings + sizeof *s->tokens;
+  s->samplings = PyMem_RawCalloc((size_t)count + 1, size);
+  if (!s->samplings) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  s->sessions = (acre_session **)(s->samplings + count);
+  s->pointers = (const acre_sampling **)(s->sessions + count);
+  s->tokens = (int32_t *)(s->pointers + count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject *session = PyTuple_GET_ITEM(sessions, i);
+    if (argument_instance(session, state->session, "sessions") < 0) return -1;
+    s->sessions[i] = ((session_object *)session)->session;
+    s->samplings[i] = acre_sampling_default();
+    s->pointers[i] = &s->samplings[i];
+    if (record_from_dict(&record_sampling, &s->samplings[i],
+                         PyTuple_GET_ITEM(samplings, i)) < 0)
+      return -1;
+  }
+  return 0;
+}
+
+static PyObject *next_all(const binding_state *state, PyObject *sessions,
+                          PyObject *samplings) {
+  step s = {NULL, NULL, NULL, NULL};
+  PyObject *list = NULL;
+  Py_ssize_t count = PyTuple_GET_SIZE(sessions);
+  if (step_take(&s, state, sessions, samplings) == 0 && PyErr_CheckSignals() == 0) {
+    acre_error error;
+    acre_status status;
+    list = PyList_New(count);
+    if (list) {
+      WITHOUT_GIL(status =
+                      acre_sessions_next(s.sessions, count, s.tokens, s.pointers, &error));
+      if (status != ACRE_OK) {
+        Py_CLEAR(list);
+        errors_raise(state, &error);
+      }
+    }
+  }
+  for (Py_ssize_t i = 0; list && i < count; ++i) {
+    PyObject *token = PyLong_FromLong(s.tokens[i]);
+    if (token)
+      PyList_SET_ITEM(list, i, token);
+    else
+      Py_CLEAR(list);
+  }
+  PyMem_RawFree(s.samplings);
+  return list;
+}
+
+PyObject *sessions_next(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"sessions", "samplings", NULL};
+  PyObject *sessions, *samplings, *result = NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:sessions_next", names, &sessions,
+                                   &samplings))
+    return NULL;
+  sessions = own_sequence(sessions, "sessions");
+  if (!sessions) return NULL;
+  samplings = own_sequence(samplings, "samplings");
+  if (samplings) result = next_all(PyModule_GetState(module), sessions, samplings);
+  Py_DECREF(sessions);
+  Py_XDECREF(samplings);
+  return result;
+}
+
+PyObject *sessions_fit(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"model", "cache", "k", "capacity", "wanted", NULL};
+  PyObject *model_object, *cache_object, *numbers[3];
+  int64_t k, capacity, wanted;
+  const binding_state *state = PyModule_GetState(module);
+  acre_cache *cache;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO:sessions_fit", names, &model_object,
+                                   &cache_object, &numbers[0], &numbers[1], &numbers[2]) ||
+      argument_int64(numbers[0], "k", &k) < 0 ||
+      argument_int64(numbers[1], "capacity", &capacity) < 0 ||
+      argument_int64(numbers[2], "wanted", &wanted) < 0 ||
+      cache_take(state, cache_object, &cache) < 0)
+    return NULL;
+  acre_model *model = model_take_ready(state, model_object, "model");
+  if (!model) return NULL;
+  return PyLong_FromLongLong(acre_sessions_fit(model, cache, k, capacity, wanted));
 }
 
 /* ------------------------------------------------------------------ type */

@@ -91,6 +91,12 @@ class Context:
             session.refill(self.groups)
         return session
 
+    def begin(self, session: _core.Session) -> None:
+        """Takes a session over the same core cache to where `rest` ends."""
+        if self.groups is not None:
+            session.refill(self.groups)
+        session.prefill(self.rest)
+
     def logits(self, ids: np.ndarray, chunk: int = 256) -> list[np.ndarray]:
         """What the model expects at each of `ids` [t] and after them: float32 [t + 1,
         vocab] in pieces of at most `chunk` rows."""
@@ -186,6 +192,16 @@ class Contexts:
         groups = self._choose(state, question)
         left = state.core.plan["reserve"] - len(question)
         return Context(self.model, state, question, groups, left)
+
+    def at_hand(self, ids: np.ndarray, room: int) -> State | None:
+        """What `open` would take a long context from without reading anything; None
+        where it would read."""
+        old = self._kept.get(False)
+        text, options = self._parts(ids, room)
+        if old is None or len(text) != old.layout.n:
+            return None
+        plan = self.model.core.plan(len(text), **options)
+        return old if self._shared(old, text, plan) == len(text) else None
 
     def whole(self, ids: np.ndarray) -> Context:
         """Reads a context with full attention, whatever full_below says."""

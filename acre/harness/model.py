@@ -15,7 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,9 @@ except ModuleNotFoundError as error:
 
 from tqdm import tqdm
 
-from acre import chat, generate
+from acre import chat, together
 from acre.build import proxy_of
-from acre.generate import Sampling, integer
+from acre.generate import Sampling, Streamer, Writer, integer
 from acre.harness.contexts import Context, Contexts, Reading
 from acre.model import Model
 from acre.tokenizer import Tokenizer
@@ -109,6 +109,7 @@ OWN: Kinds = {
     "prefix_token_id": _whole,
 }
 HARNESS = ("batch_size", "max_batch_size", "device")
+HELD = 2**14  # tokens of contexts with full attention that are held for one batch
 LOGLIKELIHOOD = "loglikelihood"
 
 
@@ -162,9 +163,10 @@ class AcreLM(TemplateLM):
         sets none;
         add_bos_token: begin contexts with BOS, None = as the tokenizer does;
         prefix_token_id: stands before a text without context, None = BOS, else the end
-        of text. batch_size is taken and without effect, and so is device: the harness
-        passes its own default for it. TypeError, ValueError (naming the argument),
-        and what `Model.from_pretrained` raises.
+        of text. batch_size: answers decoded in step, of requests whose contexts are
+        kept at the same time; "auto" = 8, as far as memory has room. device is taken
+        and without effect: the harness passes its own default for it. TypeError,
+        ValueError (naming the argument), and what `Model.from_pretrained` raises.
         """
         super().__init__()
         _check_names(options)
@@ -172,6 +174,7 @@ class AcreLM(TemplateLM):
             raise TypeError("model_args: give path (or pretrained, the same)")
         asked = _taken(options, READING)
         Reading(**asked)  # refuses before the model is opened
+        self._batch = _batch(options.get("batch_size"))
         own = {"max_gen_toks": 256, "seed": 0, **_taken(options, OWN)}
         settings = _taken(options, MODEL)
         self.acre = _opened(pretrained if path is None else path, settings)
@@ -219,8 +222,8 @@ class AcreLM(TemplateLM):
 
     @property
     def batch_size(self) -> int:
-        """Requests are computed one at a time."""
-        return 1
+        """The most answers that are decoded in step."""
+        return self._batch
 
     @property
     def tokenizer_name(self) -> str:
@@ -372,12 +375,38 @@ class AcreLM(TemplateLM):
         texts = [""] * len(jobs)
         order = sorted(range(len(jobs)), key=lambda i: jobs[i][0])
         seen: Counter[tuple] = Counter()
-        for i in tqdm(order, desc="generate_until", disable=disable_tqdm):
+        waiting: list[_Waiting] = []
+        bar = tqdm(total=len(jobs), desc="generate_until", disable=disable_tqdm)
+
+        def answer() -> None:
+            for one, text in zip(waiting, self._answers(waiting), strict=True):
+                texts[one.place] = text
+                self._remember("generate_until", requests[one.place].args, text)
+            bar.update(len(waiting))
+            waiting.clear()
+
+        for i in order:
             ids, sampling = jobs[i]
-            texts[i] = self._generated(ids, sampling, seen[jobs[i]])
+            least = self._least(sampling)
+            if waiting and not self._beside(waiting, ids, least):
+                answer()
+            opened = self.contexts.open(_ids(ids), least)
+            waiting.append(self._waiting(i, ids, opened, sampling, seen[jobs[i]]))
             seen[jobs[i]] += 1
-            self._remember("generate_until", requests[i].args, texts[i])
+        if waiting:
+            answer()
+        bar.close()
         return texts
+
+    def _beside(self, waiting: list[_Waiting], ids: Sequence[int], room: int) -> bool:
+        """Whether a context may be opened while those that wait are held: one that is
+        read with full attention, as far as HELD goes, or one of the same text."""
+        if len(waiting) == self._batch:
+            return False
+        if self.contexts.is_full(len(ids), room):
+            held = sum(one.tokens for one in waiting)
+            return waiting[-1].opened.groups is None and held + len(ids) <= HELD
+        return self.contexts.at_hand(_ids(ids), room) is waiting[-1].opened.state
 
     def _job(
         self, context: str, kwargs: dict[str, Any]
@@ -408,23 +437,41 @@ class AcreLM(TemplateLM):
         """New tokens that there must be room for."""
         return min(sampling.max_new_tokens, self.contexts.answer_room)
 
-    def _generated(self, ids: tuple[int, ...], sampling: Sampling, repeat: int) -> str:
-        """The text that follows a context, up to the first stop string."""
-        opened = self.contexts.open(_ids(ids), self._least(sampling))
+    def _waiting(
+        self,
+        place: int,
+        ids: tuple[int, ...],
+        opened: Context,
+        sampling: Sampling,
+        repeat: int,
+    ) -> _Waiting:
+        """A request whose context is open."""
         limit = min(sampling.max_new_tokens, opened.room)
         if limit < sampling.max_new_tokens:
             self._say_once(
                 f"max_gen_toks: {sampling.max_new_tokens} yield to the {limit} that "
                 "are left after a context"
             )
-        session = opened.session(limit)
-        session.prefill(opened.rest)
         own = replace(sampling, seed=sampling.seed + repeat)
-        pieces = generate.run(
-            session, own, limit, self.tokenizer,
-            self._ends(sampling.stop), generate.Streamer(None),
-        )  # fmt: skip
-        return generate.Stream(pieces).finish().text
+        return _Waiting(place, len(ids), opened, own, limit)
+
+    def _answers(self, waiting: list[_Waiting]) -> list[str]:
+        """The texts that follow contexts, each up to its first stop string."""
+        tasks = [self._task(one) for one in waiting]
+        nobody = Streamer(None)
+        return together.answers(self.acre.core, tasks, self._batch, nobody)
+
+    def _task(self, one: _Waiting) -> together.Task:
+        opened, ends = one.opened, self._ends(one.sampling.stop)
+        k = 0 if opened.groups is None else int(opened.groups.shape[-1])
+        return together.Task(
+            None if opened.state is None else opened.state.core,
+            len(opened.rest) + one.limit,
+            k,
+            lambda session, _: opened.begin(session),
+            lambda to: Writer(one.sampling, one.limit, self.tokenizer, ends, to),
+            lambda _, made: made.text,
+        )
 
     def _ends(self, stops: Iterable[str]) -> set[int]:
         """Tokens that end an answer: the model's, and control tokens among the stops,
@@ -438,6 +485,26 @@ class AcreLM(TemplateLM):
 
 
 # ------------------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request of generate_until, its context open; tokens: of the context."""
+
+    place: int
+    tokens: int
+    opened: Context
+    sampling: Sampling
+    limit: int
+
+
+def _batch(given: Any) -> int:
+    """The harness's batch_size: a number, also as a string, or "auto" (or "auto:N")."""
+    if given is None:
+        return 1
+    if isinstance(given, str) and given.split(":")[0] == "auto":
+        return together.batch_size(None)
+    return integer("batch_size", _whole("batch_size", given), 1)
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:

@@ -98,10 +98,17 @@ void acre_cpu_score(acre_queue *queue, float *scores, const float *q, int64_t q_
                     const void *keys, const uint8_t *use, int64_t t, int64_t m,
                     const acre_heads *heads);
 
+/* choose.c */
+void acre_cpu_argmax(acre_queue *queue, int32_t *id, const float *logits, int64_t rows,
+                     int64_t vocab);
+void acre_cpu_top(acre_queue *queue, float *values, int32_t *ids, float *mass,
+                  const float *logits, int64_t vocab, int64_t k, float scale);
+void acre_cpu_penalize(acre_queue *queue, float *logits, const int32_t *ids, int64_t count,
+                       float penalty);
+
 /* score_back.c */
 void acre_cpu_score_back(acre_queue *queue, float *dq, int64_t dq_stride, float *dk,
                          const float *pull, const void *q, const void *keys,
-                         const uint8_t *use, int64_t t, int64_t m,
-                         const acre_heads *heads);
+                         const uint8_t *use, int64_t t, int64_t m, const acre_heads *heads);
 
 #endif

@@ -75,6 +75,34 @@ bool fit(lt_desc d, lt_layout a, lt_layout b, lt_layout c) {
          size_of(a, d->a_op, false) == size_of(b, d->b_op, true);
 }
 
+/* A product that was asked for, with all that it was asked with. */
+struct job {
+  lt_matmul_desc d;
+  lt_matrix_layout A, B, C;
+  const void *a, *b;
+  void *out;
+  float by, old;
+  cudaStream_t stream;
+};
+
+cudaError_t multiply(const void *asked) {
+  const job *w = (const job *)asked;
+  uint64_t inner = size_of(&w->A, w->d.a_op, false);
+  w->stream->access(true);
+  for (uint64_t j = 0; j < w->C.columns; j++) {
+    for (uint64_t i = 0; i < w->C.rows; i++) {
+      float sum = 0.0f, *to = (float *)w->out + i + j * (uint64_t)w->C.step;
+      for (uint64_t k = 0; k < inner; k++)
+        sum += number(w->a, &w->A, w->d.a_op, i, k) * number(w->b, &w->B, w->d.b_op, k, j);
+      sum *= w->by;
+      if (w->old != 0.0f) sum += w->old * *to;
+      *to = w->d.epilogue == LT_EPILOGUE_BIAS ? sum + w->d.bias[i] : sum;
+    }
+  }
+  w->stream->access(false);
+  return cudaSuccess;
+}
+
 }  // namespace
 
 extern "C" {
@@ -148,21 +176,9 @@ int cublasLtMatmul(lt_handle, lt_desc d, const void *alpha, const void *a, lt_la
   for (int i = 0; i < 4; i++)
     if (!suits(sides[i], layouts[i], algo->data[i])) return LT_NOT_SUPPORTED;
   if (!fit(d, A, B, C) || c != out || C->step != D->step) return INVALID;
-  float by = *(const float *)alpha, old = *(const float *)beta;
-  uint64_t inner = size_of(A, d->a_op, false);
-  stream->settle(stream);
-  stream->access(true);
-  for (uint64_t j = 0; j < C->columns; j++) {
-    for (uint64_t i = 0; i < C->rows; i++) {
-      float sum = 0.0f, *to = (float *)out + i + j * (uint64_t)C->step;
-      for (uint64_t k = 0; k < inner; k++)
-        sum += number(a, A, d->a_op, i, k) * number(b, B, d->b_op, k, j);
-      sum *= by;
-      if (old != 0.0f) sum += old * *to;
-      *to = d->epilogue == LT_EPILOGUE_BIAS ? sum + d->bias[i] : sum;
-    }
-  }
-  stream->access(false);
-  return LT_SUCCESS;
+  job work = {*d,    *A, *B, *C, a, b, out, *(const float *)alpha, *(const float *)beta,
+              stream};
+  cudaError_t error = stream->enqueue(stream, multiply, &work, sizeof work);
+  return error == cudaSuccess ? (int)LT_SUCCESS : (int)INVALID;
 }
 }

@@ -42,6 +42,7 @@ enum cudaError_t {
   cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
@@ -66,11 +67,12 @@ struct cudaPointerAttributes {
   void *devicePointer;
 };
 
-/* Its first members are for libraries that touch device memory by themselves: they settle the
- * stream, so that what was asked of it before is done, and open access. */
+/* Its first members are for libraries that touch device memory by themselves, in the stream's
+ * order and with access open. */
 typedef struct acre_host_stream {
   void (*access)(bool begins);
-  void (*settle)(struct acre_host_stream *);
+  cudaError_t (*enqueue)(acre_host_stream *, cudaError_t (*run)(const void *),
+                         const void *bytes, size_t size); /* acre_host_enqueue */
   /* What such a library has put on the stream, and goes on with when the stream is looked at:
    * true when it is through. NULL: nothing. */
   bool (*work)(void *context);
@@ -80,8 +82,11 @@ typedef struct acre_host_stream {
   int64_t references;  /* the stream itself, and tasks of others that wait for it */
   cudaError_t failed;  /* of the first task that did, until it is told */
   bool late;           /* in disorder: rests until somebody waits */
-  struct acre_host_stream *next;
+  struct acre_host_graph *recorded; /* takes the tasks instead; NULL: nothing is recorded */
+  acre_host_stream *next;
 } *cudaStream_t;
+typedef struct acre_host_graph *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct acre_host_event *cudaEvent_t;
 
 extern "C" {
@@ -110,13 +115,20 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
+                                 unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 cudaError_t acre_host_malloc(void **out, size_t bytes, bool device);
 cudaError_t acre_host_result(
     void); /* success, but for the one call that must not succeed */
 /* What the runtime gave that memory as; unregistered: not the runtime's. */
 cudaMemoryType acre_host_memory(const void *memory);
 /* `run` with a copy of these bytes, in the stream's order; at once, and then with its result,
- * unless there is disorder. */
+ * unless there is disorder; kept for the graph where the stream is recorded. */
 cudaError_t acre_host_enqueue(cudaStream_t stream, cudaError_t (*run)(const void *),
                               const void *bytes, size_t size);
 bool acre_host_in_disorder(void);

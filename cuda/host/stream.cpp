@@ -6,7 +6,9 @@
  * all that it should have seen may be gone. A task that waits for an event has the event's
  * stream do what is before it; so what no event orders comes in either order.
  *
- * Copies between the device and memory that is not pinned wait, as the runtime's do. */
+ * Copies between the device and memory that is not pinned wait, as the runtime's do.
+ *
+ * A stream that is recorded gives its tasks to a graph, whose launch asks for them again. */
 #include "cuda_runtime.h"
 #include "host.h"
 #include "platform.h"
@@ -17,7 +19,12 @@
 struct acre_host_task {
   cudaError_t (*run)(const void *);
   acre_host_task *next;
+  size_t size;
   alignas(128) char bytes[]; /* as a kernel's arguments may want it */
+};
+
+struct acre_host_graph {
+  acre_host_task *first, *last;
 };
 
 struct acre_host_event {
@@ -66,6 +73,35 @@ void run_until(cudaStream_t stream, int64_t after) {
 }
 
 void settle(cudaStream_t stream) { run_until(stream, stream->asked); }
+
+/* A task behind the last of a list, which begins at *first. */
+cudaError_t append(acre_host_task **first, acre_host_task **last,
+                   cudaError_t (*run)(const void *), const void *bytes, size_t size) {
+  void *memory = NULL;
+  size_t whole = (sizeof(acre_host_task) + size + 127) / 128 * 128;
+  if (posix_memalign(&memory, 128, whole) != 0) return cudaErrorMemoryAllocation;
+  acre_host_task *task = (acre_host_task *)memory;
+  task->run = run, task->next = NULL, task->size = size;
+  memcpy(task->bytes, bytes, size);
+  (*last ? (*last)->next : *first) = task;
+  *last = task;
+  return cudaSuccess;
+}
+
+void free_graph(acre_host_graph *graph) {
+  for (acre_host_task *task = graph ? graph->first : NULL; task;) {
+    acre_host_task *next = task->next;
+    free(task);
+    task = next;
+  }
+  acre_free(graph);
+}
+
+/* What a stream that is recorded cannot do. */
+cudaError_t unrecorded(const acre_host_stream *stream) {
+  cudaError_t error = acre_host_result();
+  return stream->recorded ? cudaErrorStreamCaptureUnsupported : error;
+}
 
 struct wait_task {
   cudaStream_t stream;
@@ -117,15 +153,11 @@ void acre_host_settle_all(void) {
 
 cudaError_t acre_host_enqueue(cudaStream_t stream, cudaError_t (*run)(const void *),
                               const void *bytes, size_t size) {
+  acre_host_graph *graph = stream->recorded;
+  if (graph) return append(&graph->first, &graph->last, run, bytes, size);
   if (!disorder) return run(bytes);
-  void *memory = NULL;
-  size_t whole = (sizeof(acre_host_task) + size + 127) / 128 * 128;
-  if (posix_memalign(&memory, 128, whole) != 0) return cudaErrorMemoryAllocation;
-  acre_host_task *task = (acre_host_task *)memory;
-  task->run = run, task->next = NULL;
-  memcpy(task->bytes, bytes, size);
-  (stream->last ? stream->last->next : stream->first) = task;
-  stream->last = task;
+  cudaError_t error = append(&stream->first, &stream->last, run, bytes, size);
+  if (error != cudaSuccess) return error;
   stream->asked++;
   if (random_number() % 16 == 0) stream->late = random_number() % 2;
   if (!stream->late) settle(stream);
@@ -136,7 +168,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
   cudaError_t error = create(out);
   if (error != cudaSuccess) return error;
   (*out)->access = acre_host_access;
-  (*out)->settle = settle;
+  (*out)->enqueue = acre_host_enqueue;
   (*out)->references = 1;
   (*out)->late = disorder && random_number() % 2;
   pthread_mutex_lock(&of_streams);
@@ -158,7 +190,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  cudaError_t error = acre_host_result();
+  cudaError_t error = unrecorded(stream);
   if (error != cudaSuccess) return error;
   settle(stream);
   if (stream->work && !stream->work(stream->context)) return cudaErrorNotReady;
@@ -182,9 +214,11 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  cudaError_t error = unrecorded(stream);
+  if (error != cudaSuccess) return error;
   event->stream = stream;
   event->after = stream->asked;
-  return acre_host_result();
+  return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
@@ -204,8 +238,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
                             cudaStream_t stream) {
   cudaError_t error = acre_host_result();
   if (error != cudaSuccess || !bytes) return error;
-  bool waits = disorder && (acre_host_memory(to) == cudaMemoryTypeUnregistered ||
-                            acre_host_memory(from) == cudaMemoryTypeUnregistered);
+  bool waits = disorder && !stream->recorded &&
+               (acre_host_memory(to) == cudaMemoryTypeUnregistered ||
+                acre_host_memory(from) == cudaMemoryTypeUnregistered);
   if (waits) settle(stream);
   bytes_task task = {to, from, 0, bytes};
   return waits ? run_bytes(&task)
@@ -218,4 +253,45 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
   if (error != cudaSuccess) return error;
   return acre_host_enqueue(stream, run_bytes, &task, sizeof task);
 }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  cudaError_t error = unrecorded(stream);
+  return error == cudaSuccess ? create(&stream->recorded) : error;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
+  acre_host_graph *graph = stream->recorded;
+  stream->recorded = NULL, *out = NULL;
+  cudaError_t error = acre_host_result();
+  if (error == cudaSuccess && !graph) error = cudaErrorStreamCaptureUnsupported;
+  if (error == cudaSuccess)
+    *out = graph;
+  else
+    free_graph(graph);
+  return error;
+}
+
+/* Takes the tasks over. */
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
+                                 unsigned long long) {
+  cudaError_t error = create(out);
+  if (error != cudaSuccess) return error;
+  **out = *graph;
+  *graph = {NULL, NULL};
+  return error;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  cudaError_t error = unrecorded(stream);
+  for (acre_host_task *task = graph->first; task && error == cudaSuccess; task = task->next)
+    error = acre_host_enqueue(stream, task->run, task->bytes, task->size);
+  return error;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  free_graph(graph);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cudaGraphDestroy(graph); }
 }

@@ -28,6 +28,24 @@ struct decode_plan {
   static_assert(BYTES <= SHARED_MOST, "fits every chip");
 };
 
+struct decode_call {
+  attend_call call;
+  int runs_most;        /* that there are blocks for */
+  const int32_t *steps; /* taken of a loop; nullable */
+
+  /* In a loop each step sees one key more, and shares out its tiles as it would alone. */
+  __device__ __forceinline__ attend_call now(int step) const {
+    attend_call a = call;
+    if (steps) {
+      segments &keys = a.seen_keys;
+      keys.count[1] += *steps;
+      keys.tiles[1] = (keys.count[1] + step - 1) / step;
+      a.runs = min(runs_most, keys.tiles[0] + keys.tiles[1]);
+    }
+    return a;
+  }
+};
+
 /* A warp's part of the `index`-th tile. */
 template <int D>
 __device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int index) {
@@ -103,7 +121,7 @@ __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item
     float origin, sum;
     float o = join(rows + 2 * own, 2 * FRAGMENT, outputs + i, EACH, plan::WARPS_USED,
                    &origin, &sum);
-    if (a.partial) {
+    if (a.runs > 1) {
       float *to = a.partial + ((int64_t)run * a.heads + head) * (D + 2);
       to[c] = o;
       if (c == 0) to[D] = origin, to[D + 1] = sum;
@@ -115,15 +133,17 @@ __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item
 }
 
 template <int D>
-__global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(attend_call a) {
+__global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(decode_call d) {
   using plan = decode_plan<D>;
+  attend_call a = d.now(plan::STEP);
   bf16 *memory = (bf16 *)acre_shared();
   int warp = (int)threadIdx.x / WARP;
   bf16 *stages = memory + plan::STAGES_AT + warp * plan::WARP_SIZE;
   float *rows = (float *)(memory + plan::ROWS_AT);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
-    int run = (int)(b / a.kv_heads % a.runs);
-    int kv = (int)(b % a.kv_heads), item = (int)(b / a.kv_heads / a.runs) * FRAGMENT;
+    int run = (int)(b / a.kv_heads % d.runs_most);
+    if (run >= a.runs) continue;
+    int kv = (int)(b % a.kv_heads), item = (int)(b / a.kv_heads / d.runs_most) * FRAGMENT;
     int count = min(FRAGMENT, a.map.count(kv) - item);
     int64_t tiles = a.seen_keys.tiles[0] + a.seen_keys.tiles[1];
     int first = (int)(run * tiles / a.runs), end = (int)((run + 1) * tiles / a.runs);
@@ -160,7 +180,9 @@ __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(attend_
 
 /* Joins the runs, a head at a time. */
 template <int D>
-__global__ void join_kernel(attend_call a) {
+__global__ void join_kernel(decode_call d) {
+  attend_call a = d.now(decode_plan<D>::STEP);
+  if (a.runs < 2) return;
   for (int64_t head = blockIdx.x; head < a.heads; head += gridDim.x) {
     const float *left = a.partial + head * (D + 2);
     int64_t step = (int64_t)a.heads * (D + 2);
@@ -174,9 +196,8 @@ __global__ void join_kernel(attend_call a) {
 }
 
 /* As many runs as keep the chip busy, as far as there are tiles and workspace. */
-int runs_of(const acre_queue *queue, const attend_call &a, int64_t blocks, int64_t bytes) {
+int runs_of(const acre_queue *queue, int64_t tiles, int64_t blocks, int64_t bytes) {
   int64_t wanted = acre_ceil_div(DECODE_BLOCKS * queue->owner->chip.processors, blocks);
-  int64_t tiles = a.seen_keys.tiles[0] + a.seen_keys.tiles[1];
   int64_t room = (int64_t)workspace_room(queue) / bytes;
   return (int)acre_max(acre_min(acre_min(wanted, tiles), room), 1);
 }
@@ -192,12 +213,19 @@ void decode(acre_queue *queue, attend_call *a, const acre_keys *prefix,
     a->seen_keys.set(1, own, a->seen + 1, plan::STEP);
     int64_t bytes = (int64_t)a->heads * (D + 2) * (int64_t)sizeof(float);
     a->blocks = acre_ceil_div(a->map.group, FRAGMENT) * a->kv_heads;
-    a->runs = runs_of(queue, *a, a->blocks, bytes);
-    if (a->runs > 1) a->partial = (float *)workspace(queue, (size_t)(a->runs * bytes));
-    a->blocks *= a->runs;
-    ACRE_LAUNCH(queue, decode_kernel<D>, a->blocks, plan::THREADS, plan::BYTES, *a);
-    if (a->partial)
-      ACRE_LAUNCH(queue, join_kernel<D>, a->heads, threads_for(D * PACK), 0, *a);
+    const segments &keys = a->seen_keys;
+    int64_t tiles = keys.tiles[0] + keys.tiles[1], most = tiles;
+    if (queue->steps)
+      most =
+          keys.tiles[0] + acre_ceil_div(keys.count[1] + queue->steps_most - 1, plan::STEP);
+    decode_call d = {*a, runs_of(queue, most, a->blocks, bytes), queue->steps};
+    d.call.runs = (int)acre_min(d.runs_most, tiles);
+    if (d.runs_most > 1)
+      d.call.partial = (float *)workspace(queue, (size_t)(d.runs_most * bytes));
+    d.call.blocks *= d.runs_most;
+    ACRE_LAUNCH(queue, decode_kernel<D>, d.call.blocks, plan::THREADS, plan::BYTES, d);
+    if (d.call.partial)
+      ACRE_LAUNCH(queue, join_kernel<D>, a->heads, threads_for(D * PACK), 0, d);
   });
 }
 
