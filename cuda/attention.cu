@@ -25,21 +25,26 @@ struct attend_call {
   const T *keys[2], *values[2]; /* prefix, own */
   const float *bias[2];         /* nullable */
   int64_t count[2], tiles[2];   /* that some row sees */
-  int64_t seen, blocks, runs;
+  int64_t seen, blocks;
   item_map map;
   int heads, kv_heads, d;
   float scale;
   float *partial;       /* [runs][heads][d + 2], where there are several runs */
   int64_t runs_most;    /* that there are blocks for */
   const int32_t *steps; /* taken of a loop; nullable */
+};
 
-  /* In a loop each step sees one key more, and shares out its tiles as it would alone. */
-  __device__ void move_on() {
-    if (!steps) return;
-    int64_t moved = *steps;
-    seen += moved, count[1] += moved;
-    tiles[1] = (count[1] + TILE - 1) / TILE;
-    runs = min(runs_most, tiles[0] + tiles[1]);
+/* What moves on in a loop, where each step sees one key more and shares out its tiles as it
+ * would alone. The call itself stays where arguments lie. */
+struct attend_now {
+  int64_t seen, tiles, runs;
+
+  template <class T>
+  __device__ explicit attend_now(const attend_call<T> &a) {
+    int64_t moved = a.steps ? *a.steps : 0;
+    seen = a.seen + moved;
+    tiles = a.tiles[0] + (a.count[1] + moved + TILE - 1) / TILE;
+    runs = min(a.runs_most, tiles);
   }
 };
 
@@ -61,20 +66,22 @@ template <class T>
 struct attend_tile {
   const T *keys, *values; /* of the KV head */
   const float *bias;
-  int64_t first;
+  int64_t first, seen;
   int own, count; /* count: keys that the block's last row sees */
 
-  __device__ attend_tile(const attend_call<T> &a, int kv, int64_t index, int64_t last_row) {
+  __device__ attend_tile(const attend_call<T> &a, const attend_now &now, int kv,
+                         int64_t index, int64_t last_row)
+      : seen(now.seen) {
     own = index >= a.tiles[0];
     first = (own ? index - a.tiles[0] : index) * TILE;
-    int64_t end = own ? a.seen + last_row + 1 : a.count[0];
+    int64_t end = own ? seen + last_row + 1 : a.count[0];
     count = (int)min((int64_t)TILE, end - first);
     int64_t at = (first * a.kv_heads + kv) * a.d;
     keys = a.keys[own] + at, values = a.values[own] + at;
     bias = a.bias[own] ? a.bias[own] + first : NULL;
   }
-  __device__ int visible(const attend_call<T> &a, int64_t row) const {
-    return own ? (int)min((int64_t)count, a.seen + row + 1 - first) : count;
+  __device__ int visible(int64_t row) const {
+    return own ? (int)min((int64_t)count, seen + row + 1 - first) : count;
   }
 };
 
@@ -88,7 +95,7 @@ __device__ void weigh(const attend_call<T> &a, const attend_tile<T> &tile, int k
 #pragma unroll
   for (int r = 0; r < OWN_ITEMS; r++) {
     int own = own_item(r);
-    int n = own < count ? tile.visible(a, a.map.row(kv, item + own)) : 0;
+    int n = own < count ? tile.visible(a.map.row(kv, item + own)) : 0;
     float x = lane < n ? s[r] * a.scale + bias : -INFINITY;
     float origin = fmaxf(now[r].origin, ceilf(warp_reduce(x, most())));
     float weight = lane < n ? rounded<T>(exp2f(x - origin)) : 0.0f;
@@ -124,8 +131,8 @@ __device__ void add_values(const attend_call<T> &a, const attend_tile<T> &tile,
 /* What the block has, to `out` or, of several runs, to `partial`. */
 template <class T>
 __device__ void write_items(const attend_call<T> &a, int kv, int item, int count,
-                            int64_t run, const running (&now)[OWN_ITEMS], float *memory,
-                            const attend_plan &plan) {
+                            int64_t run, bool alone, const running (&now)[OWN_ITEMS],
+                            float *memory, const attend_plan &plan) {
   float *sums = memory + plan.factor;
   int lane = (int)threadIdx.x % WARP;
   __syncthreads();
@@ -135,7 +142,7 @@ __device__ void write_items(const attend_call<T> &a, int kv, int item, int count
     if (lane || own >= count) continue;
     int64_t row = a.map.row(kv, item + own);
     int head = a.map.head(kv, item + own);
-    if (a.runs > 1) {
+    if (!alone) {
       float *left = a.partial + ((run * a.heads + head) * (a.d + 2) + a.d);
       left[0] = now[r].origin, left[1] = now[r].sum;
     } else if (a.lse) {
@@ -148,7 +155,7 @@ __device__ void write_items(const attend_call<T> &a, int kv, int item, int count
     int own = i / a.d, c = i % a.d;
     int head = a.map.head(kv, item + own);
     float o = memory[plan.o + own * plan.pitch + c];
-    if (a.runs > 1)
+    if (!alone)
       a.partial[(run * a.heads + head) * (a.d + 2) + c] = o;
     else
       a.out[a.map.row(kv, item + own) * a.out_stride + (int64_t)head * a.d + c] =
@@ -162,10 +169,10 @@ __global__ __launch_bounds__(TILE_THREADS,
                              TILE_BLOCKS) void attend_kernel(attend_call<T> a) {
   float *memory = (float *)acre_shared();
   attend_plan plan(a.d);
-  a.move_on();
+  const attend_now moved(a);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int64_t run = b % a.runs_most;
-    if (run >= a.runs) continue;
+    if (run >= moved.runs) continue;
     int item = (int)(b / a.runs_most / a.kv_heads) * ITEMS;
     int kv = (int)(b / a.runs_most % a.kv_heads);
     int count = min(ITEMS, a.map.count(kv) - item);
@@ -177,9 +184,9 @@ __global__ __launch_bounds__(TILE_THREADS,
     for (int first = 0; first < a.d; first += CHUNK)
       load_items<T>(memory + plan.q + first, plan.pitch, a.q, a.q_stride, a.map, kv, item,
                     count, first, a.d);
-    int64_t tiles = a.tiles[0] + a.tiles[1], end = (run + 1) * tiles / a.runs;
-    for (int64_t index = run * tiles / a.runs; index < end; index++) {
-      attend_tile<T> tile(a, kv, index, last_row);
+    int64_t end = (run + 1) * moved.tiles / moved.runs;
+    for (int64_t index = run * moved.tiles / moved.runs; index < end; index++) {
+      attend_tile<T> tile(a, moved, kv, index, last_row);
       if (tile.count <= 0) break;
       float s[OWN_ITEMS] = {0.0f};
       for (int first = 0; first < a.d; first += CHUNK) {
@@ -192,26 +199,26 @@ __global__ __launch_bounds__(TILE_THREADS,
       weigh(a, tile, kv, item, count, s, now, memory + plan.p, memory + plan.factor);
       add_values(a, tile, memory, plan);
     }
-    write_items(a, kv, item, count, run, now, memory, plan);
+    write_items(a, kv, item, count, run, moved.runs == 1, now, memory, plan);
   }
 }
 
 /* Joins the runs of one row, a head at a time. */
 template <class T>
 __global__ void join_kernel(attend_call<T> a) {
-  a.move_on();
-  if (a.runs < 2) return;
+  const attend_now moved(a);
+  if (moved.runs < 2) return;
   for (int64_t head = blockIdx.x; head < a.heads; head += gridDim.x) {
     const float *left = a.partial + head * (a.d + 2);
     int64_t step = (int64_t)a.heads * (a.d + 2);
     float origin = -INFINITY, sum = 0.0f;
-    for (int64_t run = 0; run < a.runs; run++)
+    for (int64_t run = 0; run < moved.runs; run++)
       origin = fmaxf(origin, left[run * step + a.d]);
-    for (int64_t run = 0; run < a.runs; run++)
+    for (int64_t run = 0; run < moved.runs; run++)
       sum += left[run * step + a.d + 1] * rescale(left[run * step + a.d], origin);
     for (int c = (int)threadIdx.x; c < a.d; c += (int)blockDim.x) {
       float o = 0.0f;
-      for (int64_t run = 0; run < a.runs; run++)
+      for (int64_t run = 0; run < moved.runs; run++)
         o += left[run * step + c] * rescale(left[run * step + a.d], origin);
       a.out[head * a.d + c] = narrow<T>(o / sum);
     }
@@ -237,7 +244,6 @@ void share_out(acre_queue *queue, attend_call<T> *a) {
   if (a->steps)
     most = a->tiles[0] + acre_ceil_div(a->count[1] + queue->steps_most - 1, TILE);
   a->runs_most = acre_max(acre_min(acre_min(RUNS, most), room), 1);
-  a->runs = acre_min(a->runs_most, tiles);
   if (a->runs_most > 1)
     a->partial = (float *)workspace(queue, (size_t)(a->runs_most * bytes));
 }
@@ -258,7 +264,7 @@ void acre_cuda_attend(acre_queue *queue, void *out, int64_t out_stride, float *l
     using T = decltype(zero);
     attend_call<T> a = {};
     a.out = (T *)out, a.out_stride = out_stride, a.lse = lse;
-    a.q = q, a.q_stride = q_stride, a.seen = seen, a.runs = 1;
+    a.q = q, a.q_stride = q_stride, a.seen = seen;
     a.heads = (int)heads->heads, a.kv_heads = (int)heads->kv_heads;
     a.d = (int)heads->head_dim;
     a.scale = (float)((double)LOG2E / sqrt((double)a.d));

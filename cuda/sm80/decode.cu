@@ -32,25 +32,27 @@ struct decode_call {
   attend_call call;
   int runs_most;        /* that there are blocks for */
   const int32_t *steps; /* taken of a loop; nullable */
+};
 
-  /* In a loop each step sees one key more, and shares out its tiles as it would alone. */
-  __device__ __forceinline__ attend_call now(int step) const {
-    attend_call a = call;
-    if (steps) {
-      segments &keys = a.seen_keys;
-      keys.count[1] += *steps;
-      keys.tiles[1] = (keys.count[1] + step - 1) / step;
-      a.runs = min(runs_most, keys.tiles[0] + keys.tiles[1]);
-    }
-    return a;
+/* What moves on in a loop, where each step sees one key more and shares out its tiles as it
+ * would alone. The call itself stays where arguments lie. */
+struct decode_now {
+  int own, tiles, runs; /* own keys, tiles of all keys */
+
+  __device__ __forceinline__ decode_now(const decode_call &d, int step) {
+    const segments &keys = d.call.seen_keys;
+    own = keys.count[1] + (d.steps ? *d.steps : 0);
+    tiles = keys.tiles[0] + (own + step - 1) / step;
+    runs = min(d.runs_most, tiles);
   }
 };
 
 /* A warp's part of the `index`-th tile. */
 template <int D>
-__device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int index) {
+__device__ __forceinline__ key_tile part_of(const attend_call &a, const decode_now &now,
+                                            int kv, int index) {
   using plan = decode_plan<D>;
-  key_tile tile(a.seen_keys, kv, index, plan::STEP, a.seen_keys.count[1]);
+  key_tile tile(a.seen_keys, kv, index, plan::STEP, now.own);
   int skip = (int)threadIdx.x / WARP * KEYS;
   tile.count = min(KEYS, tile.count - skip);
   int64_t at = (int64_t)skip * a.kv_heads * D;
@@ -62,10 +64,10 @@ __device__ __forceinline__ key_tile part_of(const attend_call &a, int kv, int in
 }
 
 template <int D>
-__device__ __forceinline__ void load_part(const attend_call &a, int kv, int index, int end,
-                                          bf16 *stages) {
+__device__ __forceinline__ void load_part(const attend_call &a, const decode_now &now,
+                                          int kv, int index, int end, bf16 *stages) {
   if (index < end) {
-    key_tile tile = part_of<D>(a, kv, index);
+    key_tile tile = part_of<D>(a, now, kv, index);
     bf16 *to = stages + (index % 2) * 2 * decode_plan<D>::TILE_SIZE;
     int64_t step = (int64_t)a.kv_heads * D;
     int lane = (int)threadIdx.x % WARP;
@@ -112,7 +114,7 @@ __device__ __forceinline__ float join(const float *left, int64_t left_step, cons
 /* The joined result of a block's warps: to `out`, or of several runs to `partial`. */
 template <int D>
 __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item, int count,
-                                          int run, const float *rows,
+                                          int run, bool alone, const float *rows,
                                           const float *outputs) {
   using plan = decode_plan<D>;
   constexpr int EACH = plan::WARP_SIZE / 2; /* floats of a warp */
@@ -121,7 +123,7 @@ __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item
     float origin, sum;
     float o = join(rows + 2 * own, 2 * FRAGMENT, outputs + i, EACH, plan::WARPS_USED,
                    &origin, &sum);
-    if (a.runs > 1) {
+    if (!alone) {
       float *to = a.partial + ((int64_t)run * a.heads + head) * (D + 2);
       to[c] = o;
       if (c == 0) to[D] = origin, to[D + 1] = sum;
@@ -135,28 +137,29 @@ __device__ __forceinline__ void write_run(const attend_call &a, int kv, int item
 template <int D>
 __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(decode_call d) {
   using plan = decode_plan<D>;
-  attend_call a = d.now(plan::STEP);
+  const attend_call &a = d.call;
+  const decode_now now(d, plan::STEP);
   bf16 *memory = (bf16 *)acre_shared();
   int warp = (int)threadIdx.x / WARP;
   bf16 *stages = memory + plan::STAGES_AT + warp * plan::WARP_SIZE;
   float *rows = (float *)(memory + plan::ROWS_AT);
   for (int64_t b = blockIdx.x; b < a.blocks; b += gridDim.x) {
     int run = (int)(b / a.kv_heads % d.runs_most);
-    if (run >= a.runs) continue;
+    if (run >= now.runs) continue;
     int kv = (int)(b % a.kv_heads), item = (int)(b / a.kv_heads / d.runs_most) * FRAGMENT;
     int count = min(FRAGMENT, a.map.count(kv) - item);
-    int64_t tiles = a.seen_keys.tiles[0] + a.seen_keys.tiles[1];
-    int first = (int)(run * tiles / a.runs), end = (int)((run + 1) * tiles / a.runs);
+    int64_t tiles = now.tiles;
+    int first = (int)(run * tiles / now.runs), end = (int)((run + 1) * tiles / now.runs);
     product<1, D> o = {};
-    softmax_rows<1> now;
-    load_part<D>(a, kv, first, end, stages);
+    softmax_rows<1> rows_now;
+    load_part<D>(a, now, kv, first, end, stages);
     load_queries<D, FRAGMENT, plan::THREADS>(memory, a, kv, item, count);
     __syncthreads();
     for (int index = first; index < end; index++) {
-      load_part<D>(a, kv, index + 1, end, stages);
+      load_part<D>(a, now, kv, index + 1, end, stages);
       copies_wait<1>();
       __syncwarp();
-      key_tile tile = part_of<D>(a, kv, index);
+      key_tile tile = part_of<D>(a, now, kv, index);
       if (tile.count > 0) {
         const bf16 *stage = stages + (index % 2) * 2 * plan::TILE_SIZE;
         const int limit[1][2] = {{tile.count, tile.count}};
@@ -166,14 +169,15 @@ __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(decode_
         add_dots<D, 1, KEYS>(s, memory, 0, stage, lane);
         scale_logits<1, KEYS>(s, a.scale, tile.bias, tile.count);
         if (tile.count < KEYS) mask_logits<1, KEYS>(s, limit);
-        weigh<1, KEYS, D>(w, s, now, o);
+        weigh<1, KEYS, D>(w, s, rows_now, o);
         add_weighted<D, 1, KEYS, D>(o, w, stage + plan::TILE_SIZE, 0, lane);
       }
       __syncwarp();
     }
-    leave_results<D>(now, o, rows + warp * 2 * FRAGMENT, (float *)stages);
+    leave_results<D>(rows_now, o, rows + warp * 2 * FRAGMENT, (float *)stages);
     __syncthreads();
-    write_run<D>(a, kv, item, count, run, rows, (const float *)(memory + plan::STAGES_AT));
+    write_run<D>(a, kv, item, count, run, now.runs == 1, rows,
+                 (const float *)(memory + plan::STAGES_AT));
     __syncthreads();
   }
 }
@@ -181,14 +185,15 @@ __global__ __launch_bounds__(decode_plan<D>::THREADS) void decode_kernel(decode_
 /* Joins the runs, a head at a time. */
 template <int D>
 __global__ void join_kernel(decode_call d) {
-  attend_call a = d.now(decode_plan<D>::STEP);
-  if (a.runs < 2) return;
+  const attend_call &a = d.call;
+  const decode_now now(d, decode_plan<D>::STEP);
+  if (now.runs < 2) return;
   for (int64_t head = blockIdx.x; head < a.heads; head += gridDim.x) {
     const float *left = a.partial + head * (D + 2);
     int64_t step = (int64_t)a.heads * (D + 2);
     for (int c = (int)threadIdx.x; c < D; c += (int)blockDim.x) {
       float origin, sum;
-      float o = join(left + D, step, left + c, step, a.runs, &origin, &sum);
+      float o = join(left + D, step, left + c, step, now.runs, &origin, &sum);
       a.out[head * D + c] = narrow<bf16>(o / sum);
       if (c == 0 && a.lse) a.lse[head] = origin + log2f(sum);
     }
@@ -219,7 +224,6 @@ void decode(acre_queue *queue, attend_call *a, const acre_keys *prefix,
       most =
           keys.tiles[0] + acre_ceil_div(keys.count[1] + queue->steps_most - 1, plan::STEP);
     decode_call d = {*a, runs_of(queue, most, a->blocks, bytes), queue->steps};
-    d.call.runs = (int)acre_min(d.runs_most, tiles);
     if (d.runs_most > 1)
       d.call.partial = (float *)workspace(queue, (size_t)(d.runs_most * bytes));
     d.call.blocks *= d.runs_most;
