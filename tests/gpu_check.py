@@ -46,7 +46,7 @@ from typing import Any
 from jobs import LOGS, ROOT, Ended, Fault, Job, OutOfTime, Skip, run, run_all
 
 PROGRAMS = ROOT / "build" / "c"
-OPERATIONS = ("backend", "learn", "attention", "attend_back")
+OPERATIONS = ("backend", "learn", "attention", "attend_back", "choose")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOOL_FOUND = 9  # what compute-sanitizer ends with where it found something
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"

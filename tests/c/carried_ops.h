@@ -280,6 +280,28 @@ static inline void carried_adamw(acre_queue *q, float *w, float *first, float *s
           in(&t, gradient, n, 4), n, scale, by);
 }
 
+/* ---------------------------------------------------------------- choosing a token */
+
+static inline void carried_argmax(acre_queue *q, int32_t *id, const float *logits,
+                                  int64_t rows, int64_t vocab) {
+  trip t = trip_of(q, "argmax");
+  CARRIED(argmax, both(&t, id, rows, 4), in(&t, logits, rows * vocab, 4), rows, vocab);
+}
+
+static inline void carried_top(acre_queue *q, float *values, int32_t *ids, float *mass,
+                               const float *logits, int64_t vocab, int64_t k, float scale) {
+  trip t = trip_of(q, "top");
+  CARRIED(top, both(&t, values, k, 4), both(&t, ids, k, 4), both(&t, mass, 1, 4),
+          in(&t, logits, vocab, 4), vocab, k, scale);
+}
+
+static inline void carried_penalize(acre_queue *q, float *logits, const int32_t *ids,
+                                    int64_t count, float penalty) {
+  trip t = trip_of(q, "penalize");
+  int64_t vocab = reached(ids, count); /* those beyond are neither read nor written */
+  CARRIED(penalize, both(&t, logits, vocab, 4), in(&t, ids, count, 4), count, penalty);
+}
+
 /* ---------------------------------------------------------------- the table */
 
 static inline acre_backend_ops carried_operations(void) {
@@ -324,6 +346,9 @@ static inline acre_backend_ops carried_operations(void) {
       .score_back = carried_score_back,
       .sum_squares = carried_sum_squares,
       .adamw = carried_adamw,
+      .argmax = carried_argmax,
+      .top = carried_top,
+      .penalize = carried_penalize,
   };
 }
 
