@@ -135,7 +135,7 @@ PyDoc_STRVAR(fit_doc,
              "sessions_fit($module, /, model, cache, k, capacity, wanted)\n--\n\n"
              "How many sessions fit the memory available now: 1 to wanted.\n\n"
              "Each over cache (or None) with k groups refilled; wanted where that is not\n"
-             "known, as on a GPU.");
+             "known.");
 
 static PyMethodDef module_methods[] = {
     {"select_groups", KEYWORD_METHOD(select_groups), METH_VARARGS | METH_KEYWORDS,
