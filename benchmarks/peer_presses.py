@@ -30,7 +30,7 @@ from acre.eval.excerpt import Excerpt, middle_cut
 from acre.eval.methods import Reply, Settings, entries, positions
 from acre.eval.records import Document, Question
 from acre.eval.shelf import Shelf
-from acre.generate import Generation, Sampling, Stream, Streamer
+from acre.generate import Generation, Sampling, Stream, Streamer, Writer
 from acre.generate import run as decode
 
 REQUIREMENTS = "benchmarks/requirements-peers.txt"
@@ -298,10 +298,10 @@ class TransformersReading:
     def _decode(self, sequence: TorchSequence, question: Question) -> Generation:
         limit, model = question.max_new_tokens, self._shelf.model
         sampling = Sampling(limit, stop=question.stop)
-        pieces = decode(
-            sequence, sampling, limit, model.tokenizer, model.eos_ids, Streamer(None)
+        writer = Writer(
+            sampling, limit, model.tokenizer, model.eos_ids, Streamer(None)
         )
-        return Stream(pieces).finish()
+        return Stream(decode(sequence, writer)).finish()
 
 
 # ------------------------------------------------------------------------------- memory
