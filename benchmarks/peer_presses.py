@@ -298,9 +298,7 @@ class TransformersReading:
     def _decode(self, sequence: TorchSequence, question: Question) -> Generation:
         limit, model = question.max_new_tokens, self._shelf.model
         sampling = Sampling(limit, stop=question.stop)
-        writer = Writer(
-            sampling, limit, model.tokenizer, model.eos_ids, Streamer(None)
-        )
+        writer = Writer(sampling, limit, model.tokenizer, model.eos_ids, Streamer(None))
         return Stream(decode(sequence, writer)).finish()
 
 
