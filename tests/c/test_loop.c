@@ -71,7 +71,7 @@ static run begin_run(const layer *m, int i, bool raw) {
   size_t size = acre_dtype_size(m->heads.dtype);
   size_t bytes = (size_t)((m->begin + m->most) * 2 * d) * size;
   acre_array head = {m->head, ACRE_F32, 2, {m->vocab, 4 * d}, {4 * d, 1}, false};
-  bool finite;
+  bool finite = true;
   CHECK(r.ops->matrix_create(backends[i], &r.head, m->vocab, 4 * d, m->heads.dtype,
                              ACRE_WEIGHTS_SAME, NULL) == ACRE_OK);
   r.ops->matrix_fill(r.head, 0, &head, &finite);
