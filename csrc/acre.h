@@ -80,8 +80,7 @@ typedef struct acre_array {
   int32_t ndim;
   int64_t shape[ACRE_MAX_DIMS];
   int64_t strides[ACRE_MAX_DIMS];
-  bool
-      on_device; /* where the engine's device lies apart: there, and the host cannot read it */
+  bool on_device; /* on the engine's device, which lies apart: the host cannot read it */
 } acre_array;
 
 /* Reference-counted bytes. Views handed out by the library name the buffer that keeps
@@ -246,8 +245,7 @@ typedef struct acre_plan {
   int64_t l2_tokens; /* L2 entries of full windows */
   acre_place l2;     /* device or host; a stored cache's lies in its file, on the host */
   size_t l1_bytes, l2_bytes, recent_bytes; /* of the frozen cache */
-  size_t
-      peak_bytes; /* most that the build holds at once on the device, the cache included */
+  size_t peak_bytes; /* most that the build holds at once on the device, cache included */
   size_t host_bytes; /* of them not on the device but in host memory: l2_bytes, or 0 */
 } acre_plan;
 

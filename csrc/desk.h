@@ -27,15 +27,14 @@ typedef struct acre_desk {
   acre_model *model;
   int64_t sessions;
   acre_workspace ws;
-  acre_buffer *block; /* [2, sessions, vocab] logits; NULL: those of the workspace */
-  acre_buffer
-      *picks;       /* [sessions] ids of the highest; then of one row: values, ids, mass */
-  acre_seat *seats; /* [sessions] */
-  acre_choice *choices;       /* [sessions] */
-  int32_t *ids;               /* host [rows of ws] */
-  int32_t *picked;            /* host, as picks */
-  float *logits;              /* host [vocab] */
-  uint8_t *seen;              /* host [vocab], zero between calls */
+  acre_buffer *block;   /* [2, sessions, vocab] logits; NULL: those of the workspace */
+  acre_buffer *picks;   /* [sessions] ids of the highest; of one row: values, ids, mass */
+  acre_seat *seats;     /* [sessions] */
+  acre_choice *choices; /* [sessions] */
+  int32_t *ids;         /* host [rows of ws] */
+  int32_t *picked;      /* host, as picks */
+  float *logits;        /* host [vocab] */
+  uint8_t *seen;        /* host [vocab], zero between calls */
   acre_candidate *candidates; /* host [vocab] */
 } acre_desk;
 
