@@ -52,10 +52,12 @@ acre_status open_loop(acre_loop *loop, acre_error *error) {
   return ACRE_OK;
 }
 
-/* The graph of one step. */
+/* The graph of one step. What cannot be recorded has not run: it is refused, and the queue is
+ * as it was. */
 acre_status capture(acre_loop *loop, void (*step)(void *), void *context, const int32_t *id,
                     acre_error *error) {
   acre_queue *queue = loop->queue;
+  if (queue->failure.failed) return report(queue, error);
   int32_t *steps = (int32_t *)acre_buffer_data(loop->memory);
   cudaError_t failed =
       cudaStreamBeginCapture(queue->stream, cudaStreamCaptureModeThreadLocal);
@@ -65,14 +67,23 @@ acre_status capture(acre_loop *loop, void (*step)(void *), void *context, const 
   step(context);
   queue->steps = NULL;
   ACRE_LAUNCH(queue, count_kernel, 1, WARP, 0, steps, steps + 1, id);
+  failure recorded = queue->failure;
+  queue->failure = {};
   cudaGraph_t graph = NULL;
   failed = cudaStreamEndCapture(queue->stream, &graph);
-  if (failed != cudaSuccess)
-    return refuse(error, failed, ACRE_SITE("cudaStreamEndCapture"));
-  failed = cudaGraphInstantiate(&loop->graph, graph, 0);
-  cudaGraphDestroy(graph);
-  if (failed == cudaSuccess) return ACRE_OK;
-  return refuse(error, failed, ACRE_SITE("cudaGraphInstantiate"));
+  acre_status status = ACRE_OK;
+  if (recorded.failed) {
+    cudaGetLastError();
+    status = acre_fail(error, ACRE_DEVICE, "recording a step: %s", recorded.message);
+  } else if (failed != cudaSuccess) {
+    status = refuse(error, failed, ACRE_SITE("cudaStreamEndCapture"));
+  } else {
+    failed = cudaGraphInstantiate(&loop->graph, graph, 0);
+    if (failed != cudaSuccess)
+      status = refuse(error, failed, ACRE_SITE("cudaGraphInstantiate"));
+  }
+  if (graph) cudaGraphDestroy(graph);
+  return status;
 }
 
 }  // namespace
