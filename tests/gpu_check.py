@@ -47,6 +47,7 @@ from jobs import LOGS, ROOT, Ended, Fault, Job, OutOfTime, Skip, run, run_all
 
 PROGRAMS = ROOT / "build" / "c"
 OPERATIONS = ("backend", "learn", "attention", "attend_back", "choose")
+MODELS = ("plugin", "loop")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOOL_FOUND = 9  # what compute-sanitizer ends with where it found something
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
@@ -199,7 +200,7 @@ def step_build(check: Check) -> str:
         done.append("no nvcc, acre/_cuda.so as it lies there")
     else:
         raise Fault("no nvcc, and no acre/_cuda.so")
-    programs = [f"test_{name}" for name in (*OPERATIONS, "cases", "plugin")]
+    programs = [f"test_{name}" for name in (*OPERATIONS, "cases", *MODELS)]
     targets = [f"build/c/{name}" for name in (*programs, "bench_device")]
     run(Job("build-programs", ["make", jobs, *targets]), check.left())
     return ", ".join([*done, f"{len(targets)} programs"])
@@ -273,8 +274,12 @@ def step_kernels(check: Check) -> str:
 
 def step_model(check: Check) -> str:
     check.needs_device()
-    job = Job("model", [PROGRAMS / "test_plugin"], check.environment())
-    return f"{counted(run_all([job], check.within(120), 1)[0])} checks"
+    jobs = [
+        Job(f"model-{name}", [PROGRAMS / f"test_{name}"], check.environment())
+        for name in MODELS
+    ]
+    ended = run_all(jobs, check.within(120), 1)
+    return f"{sum(counted(one) for one in ended)} checks"
 
 
 def step_pytest(check: Check) -> str:

@@ -1,7 +1,9 @@
 /* Steps that the device takes by itself are the steps of one by one, to the bit: the
  * operations that move on, on every table that has a loop, and a session's greedy answer on
- * the CUDA backend as the host can run it; whatever is asked in between. */
+ * the CUDA backend as the host can run it, whatever is asked in between. With ACRE_TEST_PLUGIN
+ * in the environment, the answers alone, on the device of that plug-in. */
 #include "backends.h"
+#include "device.h"
 #include "tiny.h"
 
 /* ---------------------------------------------------------------- a model of one layer */
@@ -284,12 +286,9 @@ static void test_between(acre_model *model, acre_cache *cache) {
 }
 
 static void test_sessions(void) {
-  acre_engine_options options = acre_engine_options_default();
-  options.device = "cuda", options.threads = 1, options.libraries = ACRE_TEST_CUDA;
-  options.plugin = ACRE_TEST_CUDA "/cuda_host.so";
   acre_error error = {0};
-  acre_engine *engine = NULL;
-  CHECK(acre_engine_open(&engine, &options, &error) == ACRE_OK);
+  acre_engine *engine;
+  CHECK(open_engine(&engine, "cuda", plugin_file(), &error) == ACRE_OK);
   if (!engine) fprintf(stderr, "  %s\n", error.message);
   size_t empty = engine ? acre_engine_bytes(engine) : 0;
   for (int i = 0; engine && i < 2; i++) {
@@ -309,10 +308,12 @@ static void test_sessions(void) {
 }
 
 int main(int argc, char **argv) {
-  if (!open_backends(argc, argv, 41)) return 1;
-  test_layers();
-  test_failures();
-  close_backends();
+  if (!plugin_under_test()) {
+    if (!open_backends(argc, argv, 41)) return 1;
+    test_layers();
+    test_failures();
+    close_backends();
+  }
   test_sessions(); /* a plug-in has a count of its allocations of its own */
   return check_report();
 }

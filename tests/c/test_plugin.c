@@ -1,26 +1,11 @@
 /* A model on the CUDA backend as the host can run it, loaded as a plug-in: reading, asking and
  * learning give what they give on the CPU, but for rounding; and what is refused. With
  * ACRE_TEST_PLUGIN in the environment, on the device of that plug-in. */
+#include "device.h"
 #include "plugin.h"
 #include "tiny.h"
 
 #include <math.h>
-
-static const char *plugin_file(void) {
-  const char *given = getenv("ACRE_TEST_PLUGIN");
-  return given ? given : ACRE_TEST_CUDA "/cuda_host.so";
-}
-
-static acre_status open_engine(acre_engine **out, const char *device, const char *plugin,
-                               acre_error *error) {
-  acre_engine_options options = acre_engine_options_default();
-  options.device = device;
-  options.threads = 1;
-  options.plugin = plugin;
-  const char *given = getenv("ACRE_TEST_LIBRARIES");
-  options.libraries = given ? given : "no/such/place:" ACRE_TEST_CUDA;
-  return acre_engine_open(out, &options, error);
-}
 
 /* ---------------------------------------------------------------- refusals */
 
