@@ -89,6 +89,28 @@ def test_bf16_errs_as_on_the_cpu():
     assert len(answer.ids) and np.isfinite(answer.scores).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_recorded_steps_are_those_of_one_by_one(head_dim):
+    """bf16, greedy: what the device goes on with by itself, to the bit."""
+    shape = {"head_dim": head_dim}
+    arrays, config = toy.arrays(rng=2, **shape), toy.hf_config(**shape)
+    _, device = gpu.pair(arrays, config, dtype="bf16")
+    cache, question = build(device), tiny.ids(5, 9, toy.VOCAB)
+    alone, ahead = (
+        _core.Session(device.core, cache.core, capacity=64) for _ in range(2)
+    )
+    for session in (alone, ahead):
+        session.refill([1, 4])
+        session.prefill(question)
+    held = device.core.engine.bytes
+    expected = [_core.sessions_next([alone], [{}])[0] for _ in range(40)]
+    assert device.core.engine.bytes == held
+    assert len(set(expected)) > 3
+    assert [ahead.next() for _ in range(40)] == expected
+    assert device.core.engine.bytes > held  # steps were recorded
+    assert np.array_equal(ahead.logits(), alone.logits())
+
+
 @pytest.mark.parametrize("way", ["cpu to device", "device to cpu", "device to device"])
 def test_files_go_both_ways(tmp_path, way):
     models = dict(zip(("cpu", "device"), gpu.pair(), strict=True))
