@@ -6,7 +6,9 @@
 Takes adapters by name (folders of `acre train` or files) and a model (SmolLM2-135M from
 its package by default); prints one table per measurement: each adapter's L1 entries at
 every interval beside untrained and pooled ones, and what the same model does without
-any: full attention, a sink and a sliding window of as many keys, BM25, random groups.
+any: full attention, a sink and a sliding window of as many keys, BM25, random groups
+(--beside names those that are wanted; full attention is left out beyond the model's
+own window).
 The ablations take the last adapter and leave out or change one thing at a time.
 Finished samples stay in --out, so an interrupted run goes on. --rows appends what is in
 the tables, one line of JSON each.
@@ -34,17 +36,32 @@ RECALL = {
     "recall": "recall", "score": "score", "stderr": "+-", "attended": "entries",
 }  # fmt: skip
 FACTS = ("needle", "probe_kv", "nq")
+BESIDE = {
+    "untrained": "acre:proxy=trained", "pooled": "acre:proxy=pooled",
+    "window": "stream", "random groups": "random-refill", "bm25": "bm25",
+    "full attention": "full",
+}  # fmt: skip
 
 
-def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, acre.Model, str]]:
-    """(name, model, proxy) of each kind of L1 entries; one model in memory at once."""
+def variants(
+    arguments: argparse.Namespace, others: Sequence[str], length: int
+) -> Iterator[tuple[str, acre.Model, dict[str, str]]]:
+    """(folder, model, name of each method) of the base, with those `others` that are
+    wanted, and of each adapter; one model in memory at once."""
     path = arguments.model or str(smollm2())
-    if arguments.base:
-        yield "pooled", acre.Model.from_pretrained(path), "pooled"
-        yield "untrained", acre.Model.from_pretrained(path), "trained"
+    model = acre.Model.from_pretrained(path)
+    fits = length < model.config["w_max"]
+    methods = {
+        BESIDE[name]: name
+        for name in others
+        if name in arguments.beside and (fits or name != "full attention")
+    }
+    if methods:
+        yield "base", model, methods
     for named in arguments.adapters:
         name, _, adapter = named.partition("=")
-        yield name, acre.Model.from_pretrained(path, adapter=adapter), "trained"
+        model = acre.Model.from_pretrained(path, adapter=adapter)
+        yield name, model, {"acre:proxy=trained": name}
 
 
 def run(
@@ -60,43 +77,42 @@ def run(
 def perplexity(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
     """A row per kind of entries: perplexity at every interval."""
     rows: list[dict[str, Any]] = []
-    for name, model, proxy in variants(arguments):
-        every = arguments.intervals
-        labels = {f"acre:interval={n},proxy={proxy}": f"l={n}" for n in every}
-        if name == "pooled":
-            labels |= {f"stream:interval={n}": f"l={n}" for n in every}
-            labels |= {"full": "full"}
-        out = arguments.out / f"perplexity-{length}-{name}"
+    others = ("pooled", "untrained", "window", "full attention")
+    for folder, model, methods in variants(arguments, others, length):
+        columns = {}  # (name, column) of each method
+        for method, name in methods.items():
+            if method == "full":
+                columns[method] = (name, "full")
+                continue
+            way, _, options = method.partition(":")
+            for n in arguments.intervals:
+                at = ",".join(filter(None, (f"interval={n}", options)))
+                columns[f"{way}:{at}"] = (name, f"l={n}")
+        out = arguments.out / f"perplexity-{length}-{folder}"
         found = run(
-            model, ["books"], [*labels], out, lengths=(length,), eta=512,
+            model, ["books"], [*columns], out, lengths=(length,), eta=512,
             limit=arguments.texts, carry=arguments.carry,
         )  # fmt: skip
         for row in found:
-            way = row["method"].split(":")[0]
-            shown = name if way == "acre" else f"{way} of as many keys"
-            if way == "full":
-                shown = "full attention"
-            if not rows or rows[-1]["entries"] != shown:
-                rows.append({"entries": shown, "length": length, "n": row["count"]})
-            rows[-1][labels[row["method"]]] = row["score"]
+            name, column = columns[row["method"]]
+            if not rows or rows[-1]["entries"] != name:
+                rows.append({"entries": name, "length": length, "n": row["count"]})
+            rows[-1][column] = row["score"]
     return rows
 
 
 def recall(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
     """A row per task and kind of entries, at eta = 2048."""
     rows = []
-    for name, model, proxy in variants(arguments):
-        labels = {f"acre:proxy={proxy}": name}
-        if name == "pooled":
-            labels |= {"random-refill": "random groups", "bm25": "bm25"}
-            labels |= {"full": "full attention"}
-        out = arguments.out / f"recall-{length}-{name}"
+    others = ("pooled", "untrained", "random groups", "bm25", "full attention")
+    for folder, model, methods in variants(arguments, others, length):
+        out = arguments.out / f"recall-{length}-{folder}"
         for row in run(
-            model, arguments.tasks, [*labels], out, lengths=(length,), eta=2048,
+            model, arguments.tasks, [*methods], out, lengths=(length,), eta=2048,
             texts=arguments.texts, questions=arguments.questions,
             limit=arguments.questions * arguments.texts,
         ):  # fmt: skip
-            shown = {"entries": labels[row["method"]], "attended": row.get("entries")}
+            shown = {"entries": methods[row["method"]], "attended": row.get("entries")}
             rows.append({**row, **shown, "length": length})
     return sorted(rows, key=lambda row: row["task"])
 
@@ -104,7 +120,7 @@ def recall(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
 def ablations(arguments: argparse.Namespace, length: int) -> list[dict[str, Any]]:
     """A row per task and change, of the last adapter: no refilling, another choice of
     groups, other l and eta."""
-    *_, (name, model, _) = variants(arguments)
+    *_, (name, model, _) = variants(arguments, (), length)
     labels = {"acre": name, "l1-only": "no refilling"}
     labels |= {"acre:select=per_layer": "per_layer", "random-refill": "random groups"}
     labels |= {f"acre:interval={n}": f"l={n}" for n in INTERVALS}
@@ -143,8 +159,7 @@ def main() -> None:
     parser.add_argument("--carry", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=FACTS, choices=FACTS)
     parser.add_argument("--intervals", type=int, nargs="+", default=INTERVALS)
-    parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True,
-                        help="pooled and untrained entries, too")  # fmt: skip
+    parser.add_argument("--beside", nargs="*", default=[*BESIDE], choices=BESIDE)
     parser.add_argument("--rows", type=Path)
     arguments = parser.parse_args()
     if not os.environ.get("ACRE_DATA"):
