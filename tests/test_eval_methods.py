@@ -200,6 +200,11 @@ def test_perplexity_is_of_the_attention_that_reads(shelf, model):
     ).extra["nats"] == full["nats"]  # fmt: skip
     window = perplexity.measure(shelf, make("stream", SETTINGS), doc)
     assert math.isfinite(window.extra["late_nats"]) and window.extra["nats"] > 0
+    keys = [
+        perplexity.options_of(shelf, make(name, SETTINGS), doc, len(ids))["window"]
+        for name in ("stream", "stream:carry=16")
+    ]
+    assert keys[1] == keys[0] + 16  # what acre carries over, the window may see, too
     for name in ("bm25", "l1-only", "random-refill"):
         with pytest.raises(NotApplicableError):
             perplexity.measure(shelf, make(name, SETTINGS), doc)

@@ -61,7 +61,7 @@ def options_of(
 def _keys(shelf: Shelf, document: Document, settings: Any, n: int) -> int:
     """Keys that acre's last window can see."""
     shape = plan(shelf, document, settings, n)
-    return shape["m"] + shape["stride"]
+    return shape["m"] + shape["carry"] + shape["stride"]
 
 
 def measure(shelf: Shelf, method: Method, document: Document) -> Reply:
