@@ -170,11 +170,14 @@ def proxy_of(model: Model, proxy: str) -> str:
     return proxy
 
 
-def pooling_options(
-    model: Model, proxy: str, weight: int | None, sink: bool | None
+def entry_options(
+    model: Model, proxy: str, carry: int, weight: int | None, sink: bool | None
 ) -> dict[str, int]:
-    """How pooled entries are made; the core refuses it for another proxy."""
-    chosen = model.pooling if proxy == "pooled" else {"weight": 0, "sink": 0}
+    """How L1 entries are kept. Trained ones stand for the sink only in what they were
+    trained for, windows that begin behind them; the core refuses them a weight."""
+    chosen = model.pooling
+    if proxy == "trained":
+        chosen = {"weight": 0, "sink": int(carry > 0)}
     if sink is not None and not isinstance(sink, (bool, np.bool_)):
         raise TypeError(f"sink: got {type(sink).__name__}, expected bool or None")
     return {

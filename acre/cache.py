@@ -25,8 +25,8 @@ from acre.build import (
     Progress,
     State,
     build_options,
+    entry_options,
     extended,
-    pooling_options,
     proxy_of,
     read,
 )
@@ -137,7 +137,7 @@ class Cache:
             later if stride is None else stride, carry, eta, reserve,
             l2,
         )  # fmt: skip
-        options |= pooling_options(model, proxy, weight, sink)
+        options |= entry_options(model, proxy, options["carry"], weight, sink)
         return cls(model, *read(model, text_or_ids, options, progress, frame))
 
     # ---------------------------------------------------------------------------- facts

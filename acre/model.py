@@ -456,8 +456,9 @@ class Model:
         tokens), or "auto": "trained" where the model or its adapter has L1 parameters.
         eta, reserve: room planned for refilling, and for question and answer (None =
         the smaller of 4096 and w_max/8). weight: tokens that a pooled entry counts for
-        in attention, sink: the first pooled entry is the first token alone; None = the
-        model's `pooling` (interval and False unless measured better). l2: where the L2
+        in attention, sink: the first L1 entry is the first token alone; None = the
+        model's `pooling` (interval and False unless measured better) for pooled ones,
+        and for trained ones a sink where there is a carry. l2: where the L2
         cache lies, on a GPU: "device"; "host", pinned memory, of which questions fetch
         the refilled groups alone; "auto", the device where the build, and then the
         cache with a question, fit what it has free. Extending keeps it. On the CPU all

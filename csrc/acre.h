@@ -230,7 +230,7 @@ typedef struct acre_build_options {
   int64_t eta;      /* refill budget to leave room for, L2 tokens; default 4096 */
   int64_t reserve;  /* positions kept for question and answer; 0 = min(4096, w_max/8) */
   int64_t weight;   /* tokens that a pooled entry counts for in attention; 0 = interval */
-  int64_t sink;     /* 1: pooled entry 0 is the first token, its attention sink; or 0 */
+  int64_t sink;     /* 1: L1 entry 0 is the first token, an attention sink; or 0 */
   acre_place l2;    /* default auto */
 } acre_build_options;
 

@@ -174,8 +174,7 @@ static void move_l1_tokens(acre_builder *b, int64_t layer, int which) {
   copy_rows(b, which, layer, b->m, &all, 1);
 }
 
-/* The new L1 entries of one layer, as means of their groups (training-free proxies). A sink,
- * the first token that heads with nothing to look for attend to, would vanish in a mean. */
+/* The new L1 entries of one layer, as means of their groups (training-free proxies). */
 static void pool_groups(acre_builder *b, int64_t layer, int which, int64_t groups) {
   const acre_model_config *c = &b->model->config;
   int64_t first = b->m * b->nested.interval, rows = groups * b->nested.interval;
@@ -190,8 +189,14 @@ static void pool_groups(acre_builder *b, int64_t layer, int which, int64_t group
   b->model->backend->ops->pool(
       b->ws.queue, acre_timeline_at(&b->resident, which, layer, b->m), b->pool, groups,
       b->nested.interval, c->kv_heads * c->head_dim, c->dtype);
-  if (first || !groups || !b->cache->plan.sink) return;
-  acre_span sink = {b->pool[0], 0, 1};
+}
+
+/* The first token in the place of L1 entry 0. Heads with nothing to look for attend to it: it
+ * vanishes in a mean, and L1 tokens stand for it only as far as they were trained to. */
+static void keep_sink(acre_builder *b, int64_t layer, int which) {
+  int64_t run;
+  int part = which == ACRE_RAW ? ACRE_L2_KEY : ACRE_L2_VALUE;
+  acre_span sink = {acre_l2_at(&b->cache->l2, part, layer, 0, &run), 0, 1};
   copy_rows(b, which, layer, 0, &sink, 1);
 }
 
@@ -206,6 +211,7 @@ static acre_status close_window(acre_builder *b, acre_error *error) {
       } else {
         pool_groups(b, layer, which, groups);
       }
+      if (!b->m && b->cache->plan.sink) keep_sink(b, layer, which);
     }
     rotate(b, &b->resident, layer, b->m, groups);
   }

@@ -114,7 +114,7 @@ static acre_status check_options(const acre_build_options *o, int64_t n, int64_t
                 {"eta", o->eta, 0, 1 << 26},
                 {"reserve", o->reserve, 0, w_max},
                 {"weight", o->weight, 0, o->proxy == ACRE_PROXY_POOLED ? 1 << 24 : 1},
-                {"sink", o->sink, 0, o->proxy == ACRE_PROXY_POOLED},
+                {"sink", o->sink, 0, 1},
                 {"l2", (int64_t)o->l2, ACRE_PLACE_AUTO, ACRE_PLACE_HOST}};
   for (int i = 0; i < ACRE_COUNT(limits); ++i) {
     if (limits[i].value < limits[i].low || limits[i].value > limits[i].high) {

@@ -168,10 +168,13 @@ def long(dtype: str) -> Iterator[Case]:
 
 
 def weighted(dtype: str) -> Iterator[Case]:
-    """Pooled entries of other weights, and a sink in place of the first."""
+    """Pooled entries of other weights, and a sink in place of the first, which trained
+    ones may have, too."""
     for weight, sink in ((0, 1), (1, 0), (1, 1), (3, 1)):
         for edge in (EDGES[0], EDGES[5], EDGES[12], EDGES[17]):
             yield Case(*edge, dtype=dtype, weight=weight, sink=sink)
+    for edge in EDGES:
+        yield Case(*edge, *READERS[-1], dtype, sink=1)
 
 
 def random_cases(dtype: str, count: int, seed: int) -> Iterator[Case]:

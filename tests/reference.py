@@ -386,15 +386,15 @@ class Cache:
                 self.losses[i] = -np.log(softmax(row)[self.ids[i]])
 
     def pool(self, stop: int) -> None:
-        """The pooled L1 entries of the groups that are complete before token `stop`."""
-        if self.shape.proxy != "pooled":
-            return
+        """The L1 entries of the groups before token `stop`: means, and the sink in the
+        place of the first."""
         m = stop // self.shape.interval
         groups = (m, self.shape.interval, self.model.g, self.model.d)
         for store in self.store:
             for part in "kv":
-                rows = store["L2" + part][: m * self.shape.interval].reshape(groups)
-                store["L1" + part][:m] = self.model.stored(rows.mean(axis=1))
+                if self.shape.proxy == "pooled":
+                    rows = store["L2" + part][: m * self.shape.interval].reshape(groups)
+                    store["L1" + part][:m] = self.model.stored(rows.mean(axis=1))
                 if m and self.shape.sink:
                     store["L1" + part][0] = store["L2" + part][0]
 

@@ -252,7 +252,8 @@ def test_calibrated_scores_are_divided_by_the_prior(cache, text, select):
 
 
 def test_pooled_entries(model, text):
-    """With `sink` entry 0 is the first token; `weight` is the interval by default."""
+    """With `sink` entry 0 is the first token, as it is for trained entries where tokens
+    are carried over; `weight` is the interval by default."""
     plain = model.build(text, **toy.BUILD)
     assert (plain.plan["weight"], plain.plan["sink"]) == (8, 0)
     before = dict(model.pooling)
@@ -262,14 +263,22 @@ def test_pooled_entries(model, text):
         assert (cache.plan["weight"], cache.plan["sink"]) == (1, 1)
         trained = model.build(text, **(toy.BUILD | {"proxy": "trained"}))
         assert (trained.plan["weight"], trained.plan["sink"]) == (1, 0)
+        carrying = toy.BUILD | {"proxy": "trained", "carry": 8}
+        carried = [model.build(text, **carrying, sink=s) for s in (None, True, False)]
+        assert [one.plan["sink"] for one in carried] == [1, 1, 0]
         own = model.build(text, weight=3, sink=False, **toy.BUILD)
         assert (own.plan["weight"], own.plan["sink"]) == (3, 0)
     finally:
         model.pooling = before
-    first = cache.l2_keys(0)
-    first = first[0] if isinstance(first, list) else first
-    assert np.array_equal(cache.l1_keys(0).numpy()[0], first.numpy()[0])
-    assert not np.array_equal(plain.l1_keys(0).numpy()[0], first.numpy()[0])
+    for one, kept in (
+        (cache, True),
+        (plain, False),
+        (carried[0], True),
+        (carried[2], False),
+    ):
+        first = one.l2_keys(0)
+        first = first[0] if isinstance(first, list) else first
+        assert np.array_equal(one.l1_keys(0).numpy()[0], first.numpy()[0]) is kept
     longer = model.build(text, weight=3, sink=True, **toy.BUILD).extend(text, False)
     assert (longer.plan["weight"], longer.plan["sink"]) == (3, 1)
 

@@ -66,7 +66,6 @@ def test_empty_list_of_questions(cache):
         ({"weight": 0}, ValueError),
         ({"weight": 1.5}, TypeError),
         ({"sink": 1}, TypeError),
-        ({"sink": True, "proxy": "trained"}, ValueError),
         ({"weight": 2, "proxy": "trained"}, ValueError),
     ],
 )

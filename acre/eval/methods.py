@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from acre import _core
-from acre.build import pooling_options, proxy_of
+from acre.build import entry_options, proxy_of
 from acre.cache import SELECTS, Cache
 from acre.eval import retrieve
 from acre.eval.excerpt import Excerpt, ends, merged, middle_cut
@@ -324,7 +324,8 @@ def core_options(
     if options["interval"] == "auto":
         options["interval"] = 0
     options["proxy"] = proxy_of(shelf.model, settings.proxy)
-    return options | pooling_options(shelf.model, options["proxy"], None, None)
+    kept = (shelf.model, options["proxy"], options["carry"])
+    return options | entry_options(*kept, None, None)
 
 
 def plan(

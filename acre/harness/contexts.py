@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from acre import _core
-from acre.build import Figures, State, build_options, pooling_options, proxy_of
+from acre.build import Figures, State, build_options, entry_options, proxy_of
 from acre.cache import SELECTS
 from acre.generate import integer
 from acre.report import Layout
@@ -146,10 +146,10 @@ class Contexts:
         self.caches_read = self.caches_extended = 0
         self.tokens_read = self.tokens_shared = 0
         self._kept: dict[bool, State] = {}
-        self._pooling = pooling_options(
-            model, reading.proxy, reading.weight, reading.sink
+        self._entries = entry_options(
+            model, reading.proxy, reading.carry, reading.weight, reading.sink
         )
-        model.core.plan(1, **reading.options(None) | self._pooling)  # names bad options
+        model.core.plan(1, **reading.options(None) | self._entries)  # names bad options
         if reading.proxy == "trained" and not model.core.has_l1:
             raise ValueError("proxy: 'trained' needs acre_* parameters, there are none")
 
@@ -223,7 +223,7 @@ class Contexts:
         most = self.reading.question_tokens
         text = ids[: last_lines(ids, most, self._ends_line)]
         reserve = max(self.answer_room, most + room)
-        return text, self.reading.options(reserve) | self._pooling
+        return text, self.reading.options(reserve) | self._entries
 
     def _full_options(self, n: int) -> dict[str, Any]:
         """Of a cache whose window does not close: a power of two above n, so that
