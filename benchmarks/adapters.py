@@ -96,7 +96,8 @@ def perplexity(arguments: argparse.Namespace, length: int) -> list[dict[str, Any
         for row in found:
             name, column = columns[row["method"]]
             if not rows or rows[-1]["entries"] != name:
-                rows.append({"entries": name, "length": length, "n": row["count"]})
+                said = {"length": length, "carry": arguments.carry, "n": row["count"]}
+                rows.append({"entries": name, **said})
             rows[-1][column] = row["score"]
     return rows
 
@@ -164,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not os.environ.get("ACRE_DATA"):
         sys.exit("set ACRE_DATA to the folder of books.dev, nq_passages.dev")
-    columns = {"entries": "L1 entries", "length": "tokens", "n": "n"}
+    columns = {"entries": "L1 entries", "length": "tokens", "carry": "carry", "n": "n"}
     columns |= {"full": "full"} | {f"l={n}": f"l={n}" for n in arguments.intervals}
     measured = {
         "perplexity": (perplexity, columns),
