@@ -323,9 +323,8 @@ def core_options(
     options = settings.build(shelf.room(document), shelf.w_max)
     if options["interval"] == "auto":
         options["interval"] = 0
-    options["proxy"] = proxy_of(shelf.model, settings.proxy)
-    kept = (shelf.model, options["proxy"], options["carry"])
-    return options | entry_options(*kept, None, None)
+    options["proxy"] = proxy = proxy_of(shelf.model, settings.proxy)
+    return options | entry_options(shelf.model, proxy, settings.carry, None, None)
 
 
 def plan(
